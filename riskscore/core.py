@@ -6,8 +6,9 @@
 __all__ = ['Frame', 'frame_rows', 'RiskError', 'suggest', 'digest_bytes', 'digest_file', 'canonical_json', 'atomic_path',
            'write_text', 'listing']
 
-# %% ../nbs/00_core.ipynb #bf798e20
+# %% ../nbs/00_core.ipynb #06ab2586
 import difflib
+import errno
 import hashlib
 import json
 import os
@@ -80,7 +81,10 @@ def canonical_json(
     except (TypeError, ValueError) as error:
         raise RiskError(f'Only finite numbers, text, lists and mappings can be stored as JSON: {error}.') from error
 
-# %% ../nbs/00_core.ipynb #22cfc334
+# %% ../nbs/00_core.ipynb #d6a012b2
+_WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+
+
 @contextmanager
 def atomic_path(
     path:str|Path, # where the finished file or directory shall be
@@ -94,6 +98,8 @@ def atomic_path(
         _sync(temporary)
         _replace(temporary, path)
     except OSError as error:
+        if error.errno not in _WRITE_FAULTS:
+            raise
         raise RiskError(f'Could not write {path}: {error.strerror or error}. Free space or choose another place, then try again.') from error
     finally:
         _remove(temporary)

@@ -22,7 +22,7 @@ import yaml
 
 from .core import Frame, RiskError, canonical_json, digest_bytes, listing, suggest
 
-# %% ../nbs/01_contract.ipynb #2e7f7133
+# %% ../nbs/01_contract.ipynb #b1bd77ee
 KINDS = ('number', 'integer', 'category', 'flag', 'date')
 ROLES = ('feature', 'target', 'id', 'time', 'protected', 'leak', 'excluded')
 Limits = tuple[float | None, float | None]
@@ -52,6 +52,11 @@ class Column:
     def known(self) -> frozenset[str]:
         "Levels as a set."
         return frozenset(self.levels)
+
+    @cached_property
+    def read(self) -> Callable[[Any], Any]:
+        "Reads a raw value that is not null; raises ValueError for what the kind cannot hold."
+        return _reader(self)
 
 # %% ../nbs/01_contract.ipynb #55dcbb68
 _NAN = float('nan')
@@ -106,7 +111,7 @@ def _date(value:Any)->float:
         raise ValueError('not a date from 1900 to 2199')
     return days
 
-# %% ../nbs/01_contract.ipynb #de570518
+# %% ../nbs/01_contract.ipynb #d8f62dd3
 def _reader(
     column:Column, # what the contract says
 )->Callable[[Any], Any]: # reads a raw value that is not null; raises ValueError
@@ -115,7 +120,10 @@ def _reader(
         return lambda value: float(_level(column, _text(value)) == column.bad)
     if column.kind == 'flag':
         return lambda value: float(_level(column, _text(value)) == column.levels[1])
-    return {'number': _number, 'integer': _integer, 'category': _text, 'date': _date}[column.kind]
+    return _READERS[column.kind]
+
+
+_READERS: dict[str, Callable[[Any], Any]] = {'number': _number, 'integer': _integer, 'category': _text, 'date': _date}
 
 
 def _level(column:Column, text:str)->str:
@@ -221,10 +229,10 @@ def _read_numbers(column:Column, numbers:npt.NDArray[np.float64])->tuple[npt.NDA
     unreadable &= ~np.isnan(numbers)
     return np.where(unreadable | np.isin(numbers, column.special), np.nan, numbers), unreadable
 
-# %% ../nbs/01_contract.ipynb #deb0c94d
+# %% ../nbs/01_contract.ipynb #4ef62307
 def _read_objects(column:Column, values:list[Any])->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     "Reads values one by one; text that repeats is read once."
-    read, null = _reader(column), _null_value(column)
+    read, null = column.read, _null_value(column)
     special, unreadable = set(column.special), np.zeros(len(values), dtype=bool)
     typed = np.empty(len(values), dtype=object if null is None else np.float64)
     seen: dict[str, Any] = {}
@@ -377,7 +385,7 @@ def check_frame(
                 bad_rows |= mask & (severity == 'hard')
     return Checked(frame, violations, bad_rows)
 
-# %% ../nbs/01_contract.ipynb #b4e5ec43
+# %% ../nbs/01_contract.ipynb #15986b98
 def check_record(
     contract:Contract, # what is expected
     record:Mapping[str, Any], # field name to raw value; a field that may be null may be left out
@@ -399,7 +407,7 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
     "The typed value of one field and the rule it breaks, or an empty string."
     null = _null_value(column)
     try:
-        value = null if _is_null(raw) else _reader(column)(raw)
+        value = null if _is_null(raw) else column.read(raw)
     except (ValueError, OverflowError):
         return null, 'level' if column.kind == 'flag' or column.role == 'target' else 'type'
     if value in column.special:
@@ -509,7 +517,7 @@ def _column_problems(column:Column)->list[str]:
         found.append(f"{where}: bad '{column.bad}' is not one of its levels {listing(column.levels)}.")
     return found
 
-# %% ../nbs/01_contract.ipynb #55234c88
+# %% ../nbs/01_contract.ipynb #696e3bf2
 _OPTIONS: dict[str, dict[str, Any]] = {
     'split': {'by': ('random', 'time', 'order'), 'future': None, 'seed': None},
     'cv': {'by': ('stratified', 'time'), 'folds': None, 'seed': None},
@@ -540,8 +548,11 @@ def _contract_problems(contract:Contract)->list[str]:
 
 def _value_problems(value:Mapping[str, Mapping[str, float]])->list[str]:
     "What is wrong with the value matrix."
+    if not value:
+        return ['value: the money at stake is missing; for example approve: {good: 0.1, bad: -0.5}, refer: {good: 0.08, bad: -0.3, fixed: -20}, '
+                'decline: {good: 0, bad: 0}, each per unit of the amount.']
     found = _unknown_keys('value', value, DECISIONS)
-    found += [f'value: the decision {d} is missing.' for d in DECISIONS if value and d not in value]
+    found += [f'value: the decision {d} is missing.' for d in DECISIONS if d not in value]
     for decision, row in value.items():
         found += _unknown_keys(f'value {decision}', row, ('good', 'bad', 'fixed'))
         found += [f'value {decision}: {k} is missing.' for k in ('good', 'bad') if k not in row]

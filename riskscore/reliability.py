@@ -5,14 +5,15 @@
 # %% auto #0
 __all__ = ['brier', 'log_loss', 'ece', 'ece_noise', 'calibration_line', 'wilson_interval', 'calibration_table']
 
-# %% ../nbs/08_reliability.ipynb #595d7175
+# %% ../nbs/08_reliability.ipynb #d404fc6b
 from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-from .core import Frame, RiskError
+from .calibration import sigmoid
+from .core import Frame
 from .ranking import checked, equal_mass
 
 # %% ../nbs/08_reliability.ipynb #ba979722
@@ -54,7 +55,7 @@ def ece_noise(
     spread = np.sqrt(np.bincount(equal_mass(p, bins), weights=p * (1 - p)))
     return float(np.sqrt(2 / np.pi) * spread.sum() / len(p))
 
-# %% ../nbs/08_reliability.ipynb #3d3c7c1c
+# %% ../nbs/08_reliability.ipynb #ac113579
 def _newton(design:npt.NDArray, offset:npt.NDArray, bad:npt.NDArray[np.bool_])->tuple[npt.NDArray, npt.NDArray]:
     "Logistic regression of `bad` on `design`: coefficients and standard errors."
     def loss(beta:npt.NDArray)->float:
@@ -63,7 +64,7 @@ def _newton(design:npt.NDArray, offset:npt.NDArray, bad:npt.NDArray[np.bool_])->
 
     beta = np.zeros(design.shape[1])
     for _ in range(40):
-        p = 1 / (1 + np.exp(-(offset + design @ beta)))
+        p = sigmoid(offset + design @ beta)
         information = design.T @ (design * (p * (1 - p))[:, None])
         strength = np.linalg.eigvalsh(information)
         if strength[0] < 1e-12 * max(strength[-1], 1):  # in some direction the data say nothing

@@ -23,7 +23,7 @@ from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, f
 from .features import FeaturePlan, plan_from_json, plan_to_json
 from .policy import Policy, score_points
 
-# %% ../nbs/09_bundle.ipynb #0bfb2d11
+# %% ../nbs/09_bundle.ipynb #2bb131ea
 BUNDLE_FORMAT = 1
 _FILES = ('model.txt', 'plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json')
 
@@ -52,7 +52,7 @@ def write_bundle(
             (temporary / name).write_text(text, encoding='utf-8')
     return path
 
-
+# %% ../nbs/09_bundle.ipynb #99942b07
 def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
@@ -107,7 +107,7 @@ class Scorer:
         return {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]),
                 'value': value if value == value else None, 'flags': [v.message for v in violations]}
 
-# %% ../nbs/09_bundle.ipynb #4c5e8ad8
+# %% ../nbs/09_bundle.ipynb #92ae2893
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
 )->Scorer: # ready to score
@@ -122,7 +122,7 @@ def load_bundle(
     return Scorer(_version(files['manifest.json']), parse_contract(content['contract'], f'{directory}/contract.json'), plan, booster,
                   Calibration(**content['calibration']), Policy(**content['policy']), content['metadata'])
 
-
+# %% ../nbs/09_bundle.ipynb #6e0195f9
 def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     "All files of a bundle, each equal to its digest."
     try:
@@ -140,7 +140,7 @@ def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
         raise RiskError(f'Bundle {directory} was changed after it was written, and is refused: {listing(changed)}. Restore it or train again.')
     return files
 
-# %% ../nbs/09_bundle.ipynb #8cd8955d
+# %% ../nbs/09_bundle.ipynb #110b0f5b
 def write_pointer(
     pointer:str|Path, # file to create or replace
     bundle:Path, # a bundle's directory
@@ -149,7 +149,7 @@ def write_pointer(
     path = os.path.relpath(bundle.resolve(), Path(pointer).parent.resolve())
     write_text(pointer, canonical_json({'version': bundle.name, 'path': path}))
 
-
+# %% ../nbs/09_bundle.ipynb #3a235384
 def _follow(path:Path)->tuple[Path, str|None]:
     "Directory and, through a pointer, the version that must be found there."
     if path.is_dir():

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from .core import RiskError
 
-# %% ../nbs/04_calibration.ipynb #fa88ba35
+# %% ../nbs/04_calibration.ipynb #6f25e6e1
 DECIMALS = 12
 
 
@@ -31,7 +31,7 @@ class Calibration:
         "Calibrated probability of default."
         return np.round(sigmoid(self.intercept + self.slope * margin), DECIMALS)
 
-
+# %% ../nbs/04_calibration.ipynb #eb31f27b
 def sigmoid(
     log_odds:npt.NDArray[np.float64], # any shape
 )->npt.NDArray[np.float64]: # same shape, 0 to 1

@@ -58,7 +58,7 @@ class Column:
         "Reads a raw value that is not null; raises ValueError for what the kind cannot hold."
         return _reader(self)
 
-# %% ../nbs/01_contract.ipynb #55dcbb68
+# %% ../nbs/01_contract.ipynb #870db5cb
 _NAN = float('nan')
 _EPOCH = dt.datetime(1970, 1, 1)
 _DATE_LIMITS = (-25567.0, 84005.0)  # 1900-01-01 to 2199-12-31: beyond, a number is no date but a code such as 20240115
@@ -68,7 +68,7 @@ def _is_null(value:Any)->bool:
     "Is a raw value missing?"
     return value is None or (isinstance(value, (float, np.floating)) and value != value) or value == ''
 
-
+# %% ../nbs/01_contract.ipynb #0c147d25
 def _number(value:Any)->float:
     "A finite number; booleans and text are not numbers."
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
@@ -77,7 +77,7 @@ def _number(value:Any)->float:
         raise ValueError('not finite')
     return float(value)
 
-
+# %% ../nbs/01_contract.ipynb #17f2779f
 def _integer(value:Any)->float:
     "A whole number."
     number = _number(value)
@@ -85,7 +85,7 @@ def _integer(value:Any)->float:
         raise ValueError('not a whole number')
     return number
 
-# %% ../nbs/01_contract.ipynb #afd52dd9
+# %% ../nbs/01_contract.ipynb #e46e4fd7
 def _text(value:Any)->str:
     "A level as text: 1, 1.0 and '1' are the same level."
     if isinstance(value, (str, np.str_)):
@@ -95,7 +95,7 @@ def _text(value:Any)->str:
     number = _number(value)
     return str(int(number)) if number == math.floor(number) else repr(number)
 
-
+# %% ../nbs/01_contract.ipynb #5da502ed
 def _date(value:Any)->float:
     "Days since 1970-01-01, from ISO text, a date, a datetime or such a number of days."
     if isinstance(value, np.datetime64):
@@ -111,7 +111,7 @@ def _date(value:Any)->float:
         raise ValueError('not a date from 1900 to 2199')
     return days
 
-# %% ../nbs/01_contract.ipynb #d8f62dd3
+# %% ../nbs/01_contract.ipynb #ab9bb604
 def _reader(
     column:Column, # what the contract says
 )->Callable[[Any], Any]: # reads a raw value that is not null; raises ValueError
@@ -122,7 +122,7 @@ def _reader(
         return lambda value: float(_level(column, _text(value)) == column.levels[1])
     return _READERS[column.kind]
 
-
+# %% ../nbs/01_contract.ipynb #08e11eb0
 _READERS: dict[str, Callable[[Any], Any]] = {'number': _number, 'integer': _integer, 'category': _text, 'date': _date}
 
 
@@ -134,7 +134,7 @@ def _level(column:Column, text:str)->str:
             raise ValueError(f'not one of {listing(column.levels)}')
     return text
 
-
+# %% ../nbs/01_contract.ipynb #826e3684
 def _null_value(column:Column)->Any:
     "How null is stored."
     return None if column.kind == 'category' and column.role != 'target' else _NAN
@@ -169,7 +169,7 @@ class Violation:
         example = f', for example {self.example}' if self.example else ''
         return f'column {self.column}: {self.count:,} value{"s" if self.count > 1 else ""} {RULES[self.rule]}{where}{example}; expected {self.expected}.'
 
-# %% ../nbs/01_contract.ipynb #5a2506c4
+# %% ../nbs/01_contract.ipynb #eb30303a
 def _expected(column:Column, rule:str)->str:
     "What the contract expects of a value, in words."
     if rule == 'null':
@@ -182,21 +182,21 @@ def _expected(column:Column, rule:str)->str:
     bounds += f' up to {high:,}' if high is not None else ''
     return name[column.kind] + bounds + (f' {column.unit}' if column.unit and bounds else '')
 
-
+# %% ../nbs/01_contract.ipynb #20553917
 def _violation(column:Column, rule:str, severity:str, mask:npt.NDArray[np.bool_], values:Any, start:int)->Violation:
     "The violation of the rows where `mask` is true."
     rows = np.flatnonzero(mask)
     example = '' if rule == 'null' else repr(_plain(values[rows[0]]))
     return Violation(column.name, rule, severity, len(rows), tuple(int(r) + start for r in rows[:ROWS_NAMED]), example, _expected(column, rule))
 
-
+# %% ../nbs/01_contract.ipynb #04737302
 def _plain(value:Any)->Any:
     "A value as a person writes it: no numpy types, no `.0`, long text cut."
     value = value.item() if isinstance(value, np.generic) else value
     value = int(value) if isinstance(value, float) and value.is_integer() else value
     return value if not isinstance(value, str) or len(value) <= 40 else value[:37] + '...'
 
-# %% ../nbs/01_contract.ipynb #db566911
+# %% ../nbs/01_contract.ipynb #b0b4a52e
 def _read_array(
     column:Column, # what the contract says
     values:npt.ArrayLike, # (rows,) raw values of any dtype
@@ -210,7 +210,7 @@ def _read_array(
         return _read_numbers(column, array.astype(np.float64))
     return _read_objects(column, array.tolist())
 
-
+# %% ../nbs/01_contract.ipynb #e6ba9e9b
 def _object_array(values:Any)->npt.NDArray[Any]:
     "A sequence as an array of its objects, without numpy guessing a common type."
     values = list(values)
@@ -218,7 +218,7 @@ def _object_array(values:Any)->npt.NDArray[Any]:
     array[:] = values
     return array
 
-
+# %% ../nbs/01_contract.ipynb #dd66daa8
 def _read_numbers(column:Column, numbers:npt.NDArray[np.float64])->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     "Reads an array that is numeric already."
     unreadable = np.isinf(numbers)
@@ -271,7 +271,7 @@ def _limit_masks(column:Column, typed:npt.NDArray[Any], unreadable:npt.NDArray[n
         masks['null'] = null & ~unreadable
     return masks
 
-# %% ../nbs/01_contract.ipynb #ad753dc5
+# %% ../nbs/01_contract.ipynb #8acd3619
 SOFT = frozenset({'range', 'unseen'})
 DEFAULT_NULLS = ('', 'NA', 'N/A', 'nan', 'NaN', 'null', 'NULL', 'None')
 DECISIONS = ('approve', 'refer', 'decline')
@@ -290,7 +290,7 @@ class Checked:
         "The violations that refuse rows or the whole table."
         return [v for v in self.violations if v.severity == 'hard']
 
-
+# %% ../nbs/01_contract.ipynb #398a9169
 @dataclass(frozen=True)
 class Contract:
     "All that is specific to one table."
@@ -350,7 +350,7 @@ def _column_dict(column:Column)->dict[str, Any]:
     default = asdict(Column('', kind='', role=''))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(column).items() if k != 'name' and v != default[k]}
 
-# %% ../nbs/01_contract.ipynb #445bfc27
+# %% ../nbs/01_contract.ipynb #dd111e11
 def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Violation]:
     "Columns that are unknown, and columns that are required and missing."
     found = [Violation(str(n), 'unknown', 'hard', 1, expected=suggest(n, contract.columns)) for n in given if n not in contract.columns]
@@ -360,7 +360,7 @@ def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Vio
             found.append(Violation(column.name, 'missing', 'hard', 1))
     return found
 
-
+# %% ../nbs/01_contract.ipynb #ce8ba82a
 def check_frame(
     contract:Contract, # what is expected
     raw:Mapping[str, npt.ArrayLike], # column name to (rows,) raw values, as read from a file
@@ -385,7 +385,7 @@ def check_frame(
                 bad_rows |= mask & (severity == 'hard')
     return Checked(frame, violations, bad_rows)
 
-# %% ../nbs/01_contract.ipynb #15986b98
+# %% ../nbs/01_contract.ipynb #a2f07cb9
 def check_record(
     contract:Contract, # what is expected
     record:Mapping[str, Any], # field name to raw value; a field that may be null may be left out
@@ -402,7 +402,7 @@ def check_record(
             violations.append(Violation(column.name, rule, severity, 1, (), example, _expected(column, rule)))
     return typed, violations
 
-
+# %% ../nbs/01_contract.ipynb #603ae312
 def _read_value(column:Column, raw:Any)->tuple[Any, str]:
     "The typed value of one field and the rule it breaks, or an empty string."
     null = _null_value(column)
@@ -421,7 +421,7 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
             return value, rule
     return value, ''
 
-# %% ../nbs/01_contract.ipynb #5fb88d9d
+# %% ../nbs/01_contract.ipynb #cc3be595
 class _Loader(yaml.SafeLoader):
     "Safe YAML that refuses a repeated key."
 
@@ -432,7 +432,7 @@ class _Loader(yaml.SafeLoader):
             raise RiskError(f'A key stands twice in the contract near line {node.start_mark.line + 1}: {listing(repeated)}. Keep one.')
         return super().construct_mapping(node, deep)
 
-
+# %% ../nbs/01_contract.ipynb #cdb547fe
 def load_contract(
     path:str|Path, # a YAML file, or the JSON form that a pipeline writes
 )->Contract: # validated
@@ -448,7 +448,7 @@ def load_contract(
         raise RiskError(f'The contract {path} is not valid YAML: {" ".join(str(error).split())}') from error
     return parse_contract(content, str(path))
 
-# %% ../nbs/01_contract.ipynb #1196edb5
+# %% ../nbs/01_contract.ipynb #b11b588b
 def parse_contract(
     content:Any, # what the YAML holds: nested mappings, lists and values
     source:str='contract', # its name in messages
@@ -466,17 +466,17 @@ def parse_contract(
         raise RiskError(f'{source} has {len(problems)} problem{"s" if len(problems) > 1 else ""}; correct and try again:', problems)
     return contract
 
-
+# %% ../nbs/01_contract.ipynb #1c227d18
 def _unknown_keys(where:str, given:Any, known:Any)->list[str]:
     "Keys that a mapping may not have."
     return [f"{where}: unknown key '{k}'.{suggest(k, known)}" for k in given if k not in known]
 
-
+# %% ../nbs/01_contract.ipynb #e77f675c
 def _frozen(value:Any)->Any:
     "Lists as tuples, so that a contract cannot be changed by accident."
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/01_contract.ipynb #3fc72bf8
+# %% ../nbs/01_contract.ipynb #f99c9e9d
 def _parse_column(name:str, content:Any, problems:list[str])->Column:
     "One column of the YAML; what is wrong with it is added to `problems`."
     where, fields = f'column {name}', Column.__dataclass_fields__
@@ -499,7 +499,7 @@ def _parse_column(name:str, content:Any, problems:list[str])->Column:
     problems += _column_problems(column)
     return column
 
-
+# %% ../nbs/01_contract.ipynb #3c335ab2
 def _column_problems(column:Column)->list[str]:
     "What is wrong with a column in itself."
     where, found = f'column {column.name}', []
@@ -517,7 +517,7 @@ def _column_problems(column:Column)->list[str]:
         found.append(f"{where}: bad '{column.bad}' is not one of its levels {listing(column.levels)}.")
     return found
 
-# %% ../nbs/01_contract.ipynb #696e3bf2
+# %% ../nbs/01_contract.ipynb #5a915a39
 _OPTIONS: dict[str, dict[str, Any]] = {
     'split': {'by': ('random', 'time', 'order'), 'future': None, 'seed': None},
     'cv': {'by': ('stratified', 'time'), 'folds': None, 'seed': None},
@@ -545,7 +545,7 @@ def _contract_problems(contract:Contract)->list[str]:
         found.append('no column has the role feature.')
     return found + _value_problems(contract.value)
 
-
+# %% ../nbs/01_contract.ipynb #66c80eff
 def _value_problems(value:Mapping[str, Mapping[str, float]])->list[str]:
     "What is wrong with the value matrix."
     if not value:

@@ -56,14 +56,14 @@ def suggest(
     near = difflib.get_close_matches(str(word), list(options), n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ''
 
-# %% ../nbs/00_core.ipynb #ce782401
+# %% ../nbs/00_core.ipynb #d2ea890d
 def digest_bytes(
     data:bytes, # any content
 )->str: # 64 hexadecimal digits
     "SHA-256 of bytes."
     return hashlib.sha256(data).hexdigest()
 
-
+# %% ../nbs/00_core.ipynb #9989bb0b
 def digest_file(
     path:str|Path, # an existing file; read in blocks
 )->str: # 64 hexadecimal digits
@@ -104,7 +104,7 @@ def atomic_path(
     finally:
         _remove(temporary)
 
-# %% ../nbs/00_core.ipynb #a66ae480
+# %% ../nbs/00_core.ipynb #4e6ad09f
 def _sync(path:Path):
     "Force a file, or each file of a directory, to the disk."
     for file in [path] if path.is_file() else [p for p in path.rglob('*') if p.is_file()]:
@@ -114,7 +114,7 @@ def _sync(path:Path):
         finally:
             os.close(descriptor)
 
-
+# %% ../nbs/00_core.ipynb #37968fc9
 def _replace(temporary:Path, path:Path):
     "Rename over what is there; a directory that is replaced is moved aside first."
     if temporary.is_dir() and path.exists():
@@ -125,7 +125,7 @@ def _replace(temporary:Path, path:Path):
     else:
         os.replace(temporary, path)
 
-
+# %% ../nbs/00_core.ipynb #26438898
 def _remove(path:Path):
     "Remove a file or directory that may not be there."
     if path.is_dir():

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from .core import RiskError, suggest
 
-# %% ../nbs/02_expressions.ipynb #88b72767
+# %% ../nbs/02_expressions.ipynb #dcd8cc44
 Operand = Union['Expr', float, int, str]
 
 
@@ -32,7 +32,7 @@ def _comparison(op:str)->Callable[..., Any]:
         return Expr(op, (self, as_expr(other)))
     return compare
 
-
+# %% ../nbs/02_expressions.ipynb #eae6aab1
 def _arithmetic(op:str, swapped:bool=False)->Callable[..., Any]:
     "An arithmetic operator, or its form with the number on the left."
     def combine(self: 'Expr', other: Operand) -> 'Expr':
@@ -81,7 +81,7 @@ class Expr:
         "Nested lists of text and numbers."
         return [self.op, *(a.to_json() if isinstance(a, Expr) else a for a in self.args)]
 
-# %% ../nbs/02_expressions.ipynb #efb2f63c
+# %% ../nbs/02_expressions.ipynb #c318677b
 LEAVES = ('column', 'level', 'missing', 'number')
 
 
@@ -91,7 +91,7 @@ def col(
     "A column by name."
     return Expr('column', (name,))
 
-
+# %% ../nbs/02_expressions.ipynb #659a84f0
 def as_expr(
     value:Operand, # an expression or a number
 )->Expr: # the same as an expression
@@ -102,7 +102,7 @@ def as_expr(
         return Expr('number', (float(value),))
     raise RiskError(f'A feature works on columns and finite numbers, got {value!r}. Text can only be compared with a category: column == {value!r}.')
 
-
+# %% ../nbs/02_expressions.ipynb #8714a65f
 def _level_test(column:Expr, op:str, level:str)->Expr:
     "1 where a category has a level, 0 where it has another, null where it is missing."
     if column.op != 'column' or op not in ('eq', 'ne'):
@@ -110,14 +110,14 @@ def _level_test(column:Expr, op:str, level:str)->Expr:
     test = Expr('level', (column.args[0], level))
     return test if op == 'eq' else as_expr(1) - test
 
-# %% ../nbs/02_expressions.ipynb #a8264ac0
+# %% ../nbs/02_expressions.ipynb #c4997268
 def _unary(op:str)->Callable[[Operand], Expr]:
     "A function of one value."
     def function(x: Operand) -> Expr:
         return Expr(op, (as_expr(x),))
     return function
 
-
+# %% ../nbs/02_expressions.ipynb #bfac023b
 log, log1p, exp, sqrt, floor, isnull, _filled = (_unary(op) for op in ('log', 'log1p', 'exp', 'sqrt', 'floor', 'isnull', 'filled'))
 
 
@@ -129,7 +129,7 @@ def where(
     "A choice between two values."
     return Expr('where', (as_expr(condition), as_expr(a), as_expr(b)))
 
-
+# %% ../nbs/02_expressions.ipynb #d0a17acd
 def coalesce(
     x:Operand, # a value that may be null
     default:Operand, # what to take then
@@ -137,21 +137,21 @@ def coalesce(
     "A value, or another where it is null."
     return where(isnull(x), default, x)
 
-# %% ../nbs/02_expressions.ipynb #ea8ea090
+# %% ../nbs/02_expressions.ipynb #ccf77a24
 def _pairwise(op:str)->Callable[..., Expr]:
     "A function of many values that works from left to right."
     def function(*xs: Operand) -> Expr:
         return reduce(lambda a, b: Expr(op, (a, b)), _several(xs))
     return function
 
-
+# %% ../nbs/02_expressions.ipynb #4c051033
 def _several(xs:Sequence[Operand])->list[Expr]:
     "Operands of a function that takes any number of values."
     if not xs:
         raise RiskError('This function needs at least one value, got none.')
     return [as_expr(x) for x in xs]
 
-
+# %% ../nbs/02_expressions.ipynb #c8824774
 minimum, maximum, _sum = _pairwise('min'), _pairwise('max'), _pairwise('add')
 
 
@@ -161,21 +161,21 @@ def count(
     "How many values are given."
     return _sum(*(1 - isnull(x) for x in xs))
 
-
+# %% ../nbs/02_expressions.ipynb #dff4c02b
 def mean(
     *xs:Operand, # values
 )->Expr: # null when all are null
     "Mean of the values that are given."
     return _sum(*map(_filled, _several(xs))) / count(*xs)
 
-
+# %% ../nbs/02_expressions.ipynb #98ed9c0d
 def total(
     *xs:Operand, # values
 )->Expr: # null when all are null
     "Sum of the values that are given."
     return mean(*xs) * 0 + _sum(*map(_filled, _several(xs)))
 
-
+# %% ../nbs/02_expressions.ipynb #5e98b200
 def std(
     *xs:Operand, # values
 )->Expr: # population form (divided by the count); 0 for a single value, null when all are null
@@ -183,7 +183,7 @@ def std(
     centre = mean(*xs)
     return sqrt(mean(*((x - centre) * (x - centre) for x in _several(xs))))
 
-# %% ../nbs/02_expressions.ipynb #954fe104
+# %% ../nbs/02_expressions.ipynb #763bd967
 def _civil(date:Operand)->tuple[Expr, Expr, Expr]:
     "Year, month (1 to 12) and day (1 to 31) of a date."
     z = floor(date) + 719468
@@ -195,28 +195,28 @@ def _civil(date:Operand)->tuple[Expr, Expr, Expr]:
     month_ = where(shifted < 10, shifted + 3, shifted - 9)
     return year_of_era + era * 400 + (month_ <= 2), month_, day_of_year - floor((153 * shifted + 2) / 5) + 1
 
-
+# %% ../nbs/02_expressions.ipynb #91468377
 def year(
     date:Operand, # days since 1970-01-01
 )->Expr: # for example 2026
     "Year of a date."
     return _civil(date)[0]
 
-
+# %% ../nbs/02_expressions.ipynb #ad8e2e8a
 def month(
     date:Operand, # days since 1970-01-01
 )->Expr: # 1 to 12
     "Month of a date."
     return _civil(date)[1]
 
-
+# %% ../nbs/02_expressions.ipynb #792507ec
 def day(
     date:Operand, # days since 1970-01-01
 )->Expr: # 1 to 31
     "Day of the month of a date."
     return _civil(date)[2]
 
-
+# %% ../nbs/02_expressions.ipynb #0e1c2ec2
 def weekday(
     date:Operand, # days since 1970-01-01
 )->Expr: # Monday 0 to Sunday 6
@@ -301,7 +301,7 @@ def from_json(
             return Expr(op, tuple(map(from_json, args)))
     raise RiskError(f'This is no expression of riskscore: {str(tree)[:80]}. The bundle was made by another version or changed.')
 
-# %% ../nbs/02_expressions.ipynb #80e688a3
+# %% ../nbs/02_expressions.ipynb #37739aff
 def _comparing(ufunc:Any)->Callable[..., None]:
     "A comparison that gives 1, 0 or null."
     def run(a: Any, b: Any, out: Any) -> None:
@@ -309,7 +309,7 @@ def _comparing(ufunc:Any)->Callable[..., None]:
         out[np.isnan(a) | np.isnan(b)] = np.nan
     return run
 
-
+# %% ../nbs/02_expressions.ipynb #94e181ac
 def _finite(ufunc:Any)->Callable[..., None]:
     "An operation whose infinities are null at once, so that x / 0 > 2 is null and not true."
     def run(*operands: Any, out: Any) -> None:
@@ -317,13 +317,13 @@ def _finite(ufunc:Any)->Callable[..., None]:
         out[np.isinf(out)] = np.nan
     return run
 
-
+# %% ../nbs/02_expressions.ipynb #0ef42f6c
 def _where(condition:Any, a:Any, b:Any, out:Any)->None:
     "A choice that is null where its condition is."
     np.copyto(out, np.where(condition != 0, a, b))
     out[np.isnan(condition)] = np.nan
 
-
+# %% ../nbs/02_expressions.ipynb #c3695e5a
 def _fill_zero(x:Any, out:Any)->None:
     "Null as 0."
     np.copyto(out, np.where(np.isnan(x), 0.0, x))
@@ -363,7 +363,7 @@ class Program:
         results[~np.isfinite(results)] = np.nan
         return results
 
-# %% ../nbs/02_expressions.ipynb #4fa7bb67
+# %% ../nbs/02_expressions.ipynb #db032773
 def compile_program(
     expressions:Iterable[Expr], # what to compute, in order
     inputs:Sequence[tuple[Any, ...]], # keys of the leaves that are given, in order of their rows
@@ -383,7 +383,7 @@ def compile_program(
     outputs = np.array([slot[root.key] for root in roots], dtype=np.intp)
     return Program(len(inputs), np.array([key[1] for key in numbers], dtype=np.float64), steps, outputs, len(slot))
 
-
+# %% ../nbs/02_expressions.ipynb #e4a72cae
 def _unique_nodes(roots:Iterable[Expr])->dict[tuple[Any, ...], Expr]:
     "All distinct nodes, operands before what uses them."
     nodes: dict[tuple[Any, ...], Expr] = {}
@@ -396,7 +396,7 @@ def _unique_nodes(roots:Iterable[Expr])->dict[tuple[Any, ...], Expr]:
         visit(root)
     return nodes
 
-# %% ../nbs/02_expressions.ipynb #6a891a8e
+# %% ../nbs/02_expressions.ipynb #fc37b5d0
 def _generations(nodes:Mapping[tuple[Any, ...], Expr])->dict[tuple[int, str], list[tuple[Any, ...]]]:
     "Keys of the nodes that can be computed by one call: same generation, same operation."
     generation: dict[tuple[Any, ...], int] = {}
@@ -407,7 +407,7 @@ def _generations(nodes:Mapping[tuple[Any, ...], Expr])->dict[tuple[int, str], li
             groups.setdefault((generation[key], node.op), []).append(key)
     return dict(sorted(groups.items()))
 
-
+# %% ../nbs/02_expressions.ipynb #7c7d70ec
 def _slots(indices:list[int])->slice|npt.NDArray[np.intp]:
     "Slots of an operand: a slice where they are neighbours, which saves a copy."
     if indices == list(range(indices[0], indices[0] + len(indices))):

@@ -19,7 +19,7 @@ from .contract import Column, Contract
 from .core import Frame, RiskError, canonical_json, frame_rows, suggest
 from .expressions import LEAVES, Expr, Operand, Program, col, compile_program, from_json, isnull, parse, trace
 
-# %% ../nbs/03_features.ipynb #1a0ede86
+# %% ../nbs/03_features.ipynb #27191be6
 _DECLARED: dict[str, dict[str, Callable[..., Operand]]] = {}
 
 
@@ -32,7 +32,7 @@ def feature(
         return function
     return register
 
-
+# %% ../nbs/03_features.ipynb #d31be684
 def declared_features(
     sets:Iterable[str], # names of feature sets
 )->dict[str, Expr]: # feature name to expression, in order of declaration
@@ -44,7 +44,7 @@ def declared_features(
         expressions |= {n: trace(f) for n, f in _DECLARED[name].items()}
     return expressions
 
-# %% ../nbs/03_features.ipynb #ad03acd5
+# %% ../nbs/03_features.ipynb #210afff0
 def _resolve(expression:Expr, name:str, contract:Contract, known:Mapping[str, Expr])->Expr:
     "An expression over columns only, checked against the contract."
     if expression.op == 'number':
@@ -59,12 +59,12 @@ def _resolve(expression:Expr, name:str, contract:Contract, known:Mapping[str, Ex
         return Expr('missing', operand.args)
     return Expr(expression.op, tuple(_resolve(a, name, contract, known) for a in expression.args))
 
-
+# %% ../nbs/03_features.ipynb #ce4c866d
 def _kind(contract:Contract, column:str)->str:
     "Kind of a column, or an empty string when there is no such column."
     return contract.columns[column].kind if column in contract.columns else ''
 
-
+# %% ../nbs/03_features.ipynb #cf9a2b2b
 def _check_use(contract:Contract, leaf:Expr, name:str, known:Mapping[str, Expr])->None:
     "Refuses a column that a feature may not use, or not in this way."
     column = contract.columns.get(leaf.args[0])
@@ -104,7 +104,7 @@ def _kept_levels(counts:Mapping[str, Counter], min_count:int)->dict[str, list[st
     return {column: [level for level, n in sorted(c.items(), key=lambda item: (-item[1], item[0])) if n >= min_count]
             for column, c in counts.items()}
 
-# %% ../nbs/03_features.ipynb #e78bbb96
+# %% ../nbs/03_features.ipynb #d9b11ff9
 class FeaturePlan:
     "Features fitted on history: data, not code."
 
@@ -118,24 +118,12 @@ class FeaturePlan:
         self.categorical = [i for i, e in enumerate(self.outputs.values()) if e.op == 'column' and e.args[0] in self.levels]
         self._inputs = _leaves(self.outputs.values())
         self._program: Program = compile_program(self.outputs.values(), [leaf.key for leaf in self._inputs])
-        self._codes = {c: {level: float(i) for i, level in enumerate(v)} for c, v in self.levels.items()}
-        self._encoders = [self._encoder(leaf) for leaf in self._inputs]
+        self._encoders = [_encoder(leaf, self.levels) for leaf in self._inputs]
 
     @property
     def columns(self) -> list[str]:
         "Columns of the contract that it reads."
         return list(dict.fromkeys(leaf.args[0] for leaf in self._inputs))
-
-    def _encoder(self, leaf: Expr) -> tuple[str, Mapping[Any, float] | None, float]:
-        "Column, codes of its values (None: the value itself) and the code of every other value."
-        column, *level = leaf.args
-        if leaf.op == 'level':
-            return column, {level[0]: 1.0, None: np.nan}, 0.0
-        if leaf.op == 'missing':
-            return column, {None: 1.0}, 0.0
-        if column in self._codes:
-            return column, self._codes[column] | {None: np.nan}, float(len(self._codes[column]))
-        return column, None, np.nan
 
     def record(
         self,
@@ -165,7 +153,7 @@ class FeaturePlan:
         matrix[np.isinf(matrix)] = np.nan
         return matrix
 
-# %% ../nbs/03_features.ipynb #a5e96cd3
+# %% ../nbs/03_features.ipynb #364d0882
 def _leaves(expressions:Iterable[Expr])->list[Expr]:
     "Distinct columns, level tests and missing tests that expressions start from."
     found: dict[tuple[Any, ...], Expr] = {}
@@ -179,7 +167,19 @@ def _leaves(expressions:Iterable[Expr])->list[Expr]:
         visit(expression)
     return list(found.values())
 
+# %% ../nbs/03_features.ipynb #e8920584
+def _encoder(leaf:Expr, levels:Mapping[str, Sequence[str]])->tuple[str, Mapping[Any, float]|None, float]:
+    "Column, codes of its values (None: the value itself) and the code of every other value."
+    column, *level = leaf.args
+    if leaf.op == 'level':
+        return column, {level[0]: 1.0, None: np.nan}, 0.0
+    if leaf.op == 'missing':
+        return column, {None: 1.0}, 0.0
+    if column in levels:
+        return column, {name: float(i) for i, name in enumerate(levels[column])} | {None: np.nan}, float(len(levels[column]))
+    return column, None, np.nan
 
+# %% ../nbs/03_features.ipynb #95977e85
 def _encode(values:npt.NDArray[Any], codes:Mapping[Any, float]|None, other:float)->npt.NDArray[np.float64]:
     "Values of one column as numbers."
     if codes is None:
@@ -203,7 +203,7 @@ def fit_plan(
     outputs = {c.name: col(c.name) for c in contract.feature_columns} | engineered
     return FeaturePlan(outputs, _kept_levels(counts, int(contract.rare.get('min_count', 1))))
 
-# %% ../nbs/03_features.ipynb #e45f5301
+# %% ../nbs/03_features.ipynb #5e31c9b8
 PLAN_VERSION = 1
 
 
@@ -213,7 +213,7 @@ def plan_to_json(
     "A plan as text, equal for equal plans."
     return canonical_json({'version': PLAN_VERSION, 'levels': plan.levels, 'outputs': [[n, e.to_json()] for n, e in plan.outputs.items()]})
 
-
+# %% ../nbs/03_features.ipynb #fc2cf3dd
 def plan_from_json(
     text:str, # what plan_to_json gave
 )->FeaturePlan: # the same plan

@@ -71,7 +71,7 @@ class Policy:
         "Plain JSON types."
         return asdict(self)
 
-# %% ../nbs/05_policy.ipynb #dfa103ae
+# %% ../nbs/05_policy.ipynb #3238c6aa
 def fit_policy(
     contract:Contract, # value matrix, amount column and currency
     pd:npt.NDArray[np.float64], # (rows,) out-of-fold calibrated pd
@@ -89,7 +89,7 @@ def fit_policy(
         first = second = _best_cut(pd, approve - decline)
     return Policy(first, second, contract.value, contract.currency, contract.amount)
 
-
+# %% ../nbs/05_policy.ipynb #d443dae4
 def _best_cut(pd:npt.NDArray[np.float64], gain:npt.NDArray[np.float64])->float:
     "The pd below which taking the gain is worth most; equal pds stay together."
     sums = np.concatenate([[0.0], np.cumsum(gain)])

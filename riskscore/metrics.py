@@ -70,14 +70,14 @@ def jeffreys_interval(
     low, high = (special.betaincinv(k + 0.5, n - k + 0.5, q) for q in ((1 - level) / 2, (1 + level) / 2))
     return np.where(k == 0, 0, low), np.where(k == n, 1, high)
 
-# %% ../nbs/23_metrics.ipynb #23ed5d47
+# %% ../nbs/23_metrics.ipynb #64819fb3
 class Metric(NamedTuple):
     "A figure by which models can be compared."
     title:str # what a reader sees
     better:int # 1 when more is better, -1 when less is
     function:Callable[[npt.ArrayLike, npt.ArrayLike, float], float] # of outcomes, pd and cut
 
-
+# %% ../nbs/23_metrics.ipynb #73c7ab99
 def _class_metric(name:str)->Metric:
     "A metric of one class at a cut."
     what, _, label = name.partition('_')

@@ -64,14 +64,14 @@ def auc(
     "Area under the ROC curve; tied scores count half."
     return float(_placements(*checked(y, score))[0].mean())
 
-# %% ../nbs/07_ranking.ipynb #feb38f34
+# %% ../nbs/07_ranking.ipynb #619141c4
 class Estimate(NamedTuple):
     "A figure with its interval."
     value:float # the estimate
     low:float # lower end of the interval
     high:float # upper end of the interval
 
-
+# %% ../nbs/07_ranking.ipynb #3f43ac85
 def auc_interval(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     score:npt.ArrayLike, # (n,) scores, higher = riskier
@@ -127,13 +127,13 @@ def _cumulative(bad:npt.NDArray[np.bool_], score:npt.NDArray[np.float64])->tuple
     bads = np.cumsum(bad[order])[last]
     return ordered[last], bads, np.flatnonzero(last) + 1 - bads
 
-# %% ../nbs/07_ranking.ipynb #7b8d4fe7
+# %% ../nbs/07_ranking.ipynb #7112d03e
 class KS(NamedTuple):
     "The largest gap between the classes and where it is."
     value:float # gap, 0 to 1
     cut:float # score at the gap: applications at or above it are the risky part
 
-
+# %% ../nbs/07_ranking.ipynb #8d23f825
 def ks(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     score:npt.ArrayLike, # (n,) scores, higher = riskier

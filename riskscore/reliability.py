@@ -16,7 +16,7 @@ from .calibration import sigmoid
 from .core import Frame
 from .ranking import checked, equal_mass
 
-# %% ../nbs/08_reliability.ipynb #ba979722
+# %% ../nbs/08_reliability.ipynb #b17b7c86
 def brier(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
@@ -25,7 +25,7 @@ def brier(
     bad, p = checked(y, pd, probability=True)
     return float(np.mean((p - bad) ** 2))
 
-
+# %% ../nbs/08_reliability.ipynb #4f0440bf
 def log_loss(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
@@ -35,7 +35,7 @@ def log_loss(
     p = np.clip(p, 1e-15, 1 - 1e-15)
     return float(-np.mean(np.where(bad, np.log(p), np.log1p(-p))))
 
-# %% ../nbs/08_reliability.ipynb #739a80b2
+# %% ../nbs/08_reliability.ipynb #fb659cc9
 def ece(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
@@ -45,7 +45,7 @@ def ece(
     bad, p = checked(y, pd, probability=True)
     return float(np.abs(np.bincount(equal_mass(p, bins), weights=p - bad)).sum() / len(p))
 
-
+# %% ../nbs/08_reliability.ipynb #11668dab
 def ece_noise(
     pd:npt.ArrayLike, # (n,) probabilities of default
     bins:int=10, # bins of equal size

@@ -421,16 +421,16 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
             return value, rule
     return value, ''
 
-# %% ../nbs/01_contract.ipynb #cc3be595
+# %% ../nbs/01_contract.ipynb #0c72e9b8
 class _Loader(yaml.SafeLoader):
-    "Safe YAML that refuses a repeated key."
+    "Safe YAML that refuses a repeated key; the key `null` is the word, not the value."
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
         repeated = sorted({str(k) for k in keys if keys.count(k) > 1})
         if repeated:
             raise RiskError(f'A key stands twice in the contract near line {node.start_mark.line + 1}: {listing(repeated)}. Keep one.')
-        return super().construct_mapping(node, deep)
+        return {'null' if k is None else k: v for k, v in super().construct_mapping(node, deep).items()}
 
 # %% ../nbs/01_contract.ipynb #cdb547fe
 def load_contract(

@@ -213,16 +213,17 @@ def plan_to_json(
     "A plan as text, equal for equal plans."
     return canonical_json({'version': PLAN_VERSION, 'levels': plan.levels, 'outputs': [[n, e.to_json()] for n, e in plan.outputs.items()]})
 
-# %% ../nbs/03_features.ipynb #fc2cf3dd
+# %% ../nbs/03_features.ipynb #79e6e103
 def plan_from_json(
     text:str, # what plan_to_json gave
 )->FeaturePlan: # the same plan
     "Reads a plan back; runs no code from it."
     try:
         content = json.loads(text)
-        version, outputs, levels = content['version'], content['outputs'], content['levels']
-    except (ValueError, KeyError, TypeError) as error:
+        version, outputs = content['version'], {str(name): tree for name, tree in content['outputs']}
+        levels = {str(column): [str(level) for level in kept] for column, kept in content['levels'].items()}
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RiskError(f'This is no feature plan: {error}. Rebuild the bundle.') from error
     if version != PLAN_VERSION:
         raise RiskError(f'The feature plan has version {version}, this package reads version {PLAN_VERSION}. Rebuild the bundle or install the package that made it.')
-    return FeaturePlan({name: from_json(tree) for name, tree in outputs}, levels)
+    return FeaturePlan({name: from_json(tree) for name, tree in outputs.items()}, levels)

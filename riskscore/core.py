@@ -6,7 +6,7 @@
 __all__ = ['Frame', 'frame_rows', 'RiskError', 'suggest', 'digest_bytes', 'digest_file', 'canonical_json', 'atomic_path',
            'write_text', 'listing']
 
-# %% ../nbs/00_core.ipynb #06ab2586
+# %% ../nbs/00_core.ipynb #dde4889a
 import difflib
 import errno
 import hashlib
@@ -15,7 +15,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ def frame_rows(
     "Number of rows of a frame."
     return len(next(iter(frame.values()))) if frame else 0
 
-# %% ../nbs/00_core.ipynb #ab71704c
+# %% ../nbs/00_core.ipynb #ffb42aec
 class RiskError(ValueError):
     "A mistake in data, contract or call that the person at the keyboard can put right."
 
@@ -44,7 +44,7 @@ class RiskError(ValueError):
         self.message, self.problems = message, list(problems)
         super().__init__('\n'.join([message, *(f'  - {p}' for p in self.problems)]))
 
-    def __reduce__(self):
+    def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.problems)
 
 # %% ../nbs/00_core.ipynb #01c3b945
@@ -81,8 +81,9 @@ def canonical_json(
     except (TypeError, ValueError) as error:
         raise RiskError(f'Only finite numbers, text, lists and mappings can be stored as JSON: {error}.') from error
 
-# %% ../nbs/00_core.ipynb #d6a012b2
-_WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO}
+# %% ../nbs/00_core.ipynb #4b310621
+_WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
+                 errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
 
 @contextmanager
@@ -90,22 +91,35 @@ def atomic_path(
     path:str|Path, # where the finished file or directory shall be
 )->Iterator[Path]: # where to write it; its suffixes are kept, so that writers choose the same format
     "Write to a temporary neighbour, then rename it into place; on any error nothing changes."
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f'.{uuid.uuid4().hex[:8]}.partial.{path.name}'
+    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    temporary = path.parent / f'.{uuid.uuid4().hex[:8]}.partial.{path.name[-50:]}'
     try:
+        _check_place(path)
         yield temporary
         _sync(temporary)
         _replace(temporary, path)
     except OSError as error:
-        if error.errno not in _WRITE_FAULTS:
+        if error.errno not in _WRITE_FAULTS or not _concerns(error, path, temporary):
             raise
-        raise RiskError(f'Could not write {path}: {error.strerror or error}. Free space or choose another place, then try again.') from error
+        raise RiskError(f'Could not write {path}: {error.strerror or error}. Free space or choose another place.') from error
     finally:
         _remove(temporary)
 
-# %% ../nbs/00_core.ipynb #4e6ad09f
-def _sync(path:Path):
+# %% ../nbs/00_core.ipynb #031250cd
+def _check_place(path:Path)->None:
+    "Makes the folder; a device or a pipe cannot be replaced by renaming."
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise RiskError(f'{path} is a device or a pipe. Name a file: it is written aside and renamed when complete.')
+    path.parent.mkdir(parents=True, exist_ok=True)
+
+# %% ../nbs/00_core.ipynb #59054378
+def _concerns(error:OSError, path:Path, temporary:Path)->bool:
+    "Is it about what is written, and not about a file that is read meanwhile?"
+    name = error.filename
+    return name is None or str(path).startswith(str(name)) or str(name).startswith(str(temporary))
+
+# %% ../nbs/00_core.ipynb #f81e1806
+def _sync(path:Path)->None:
     "Force a file, or each file of a directory, to the disk."
     for file in [path] if path.is_file() else [p for p in path.rglob('*') if p.is_file()]:
         descriptor = os.open(file, os.O_RDONLY)
@@ -114,24 +128,48 @@ def _sync(path:Path):
         finally:
             os.close(descriptor)
 
-# %% ../nbs/00_core.ipynb #37968fc9
-def _replace(temporary:Path, path:Path):
-    "Rename over what is there; a directory that is replaced is moved aside first."
-    if temporary.is_dir() and path.exists():
-        old = path.parent / f'.{uuid.uuid4().hex[:8]}.old.{path.name}'
-        os.rename(path, old)
-        os.rename(temporary, path)
-        _remove(old)
-    else:
-        os.replace(temporary, path)
+# %% ../nbs/00_core.ipynb #245c5924
+def _replace(temporary:Path, path:Path)->None:
+    "Rename over what is there; again when another writer was faster."
+    for _ in range(_RENAMES):
+        try:
+            os.replace(temporary, path)
+            return
+        except OSError:
+            if not temporary.is_dir() or not path.exists():
+                raise
+        _swap(temporary, path)
+        if not temporary.exists():
+            return
+    raise RiskError(f'Could not write {path}: others keep writing it. Let one run at a time write there.')
 
-# %% ../nbs/00_core.ipynb #26438898
-def _remove(path:Path):
-    "Remove a file or directory that may not be there."
+# %% ../nbs/00_core.ipynb #6d9002b0
+_RENAMES = 20
+
+
+def _swap(temporary:Path, path:Path)->None:
+    "Moves aside what a directory shall replace; back if the directory cannot take its place."
+    old = path.parent / f'.{uuid.uuid4().hex[:8]}.old.{path.name[-50:]}'
+    try:
+        os.rename(path, old)
+    except FileNotFoundError:
+        return
+    try:
+        os.rename(temporary, path)
+    except BaseException as error:
+        if not isinstance(error, OSError) or not path.exists():  # else another writer was faster
+            os.rename(old, path)
+            raise
+    _remove(old)
+
+# %% ../nbs/00_core.ipynb #e98050e2
+def _remove(path:Path)->None:
+    "Remove a file or directory that may not be there; what went wrong before matters more than that it stays."
     if path.is_dir():
         shutil.rmtree(path, ignore_errors=True)
     else:
-        path.unlink(missing_ok=True)
+        with suppress(OSError):
+            path.unlink()
 
 # %% ../nbs/00_core.ipynb #7b998de2
 def write_text(

@@ -1,0 +1,168 @@
+"""Bundles: same inputs give the same bytes, a changed byte is refused, loading runs no code, one record scores as a table does."""
+import io
+import json
+import os
+import pickle
+import shutil
+import warnings
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from small_bundle import applications, small_bundle, small_scorer
+
+from riskscore.bundle import load_bundle, write_pointer
+from riskscore.contract import check_frame
+from riskscore.core import RiskError
+
+FILES = ['model.txt', 'plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json', 'manifest.json']
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp('bundle')
+    small_bundle(folder)
+    return folder
+
+
+@pytest.fixture(scope='module')
+def bundle(folder):
+    return next((folder / 'models').iterdir())
+
+
+@pytest.fixture(scope='module')
+def scorer(folder):
+    return load_bundle(folder / 'champion.json')
+
+
+def test_same_inputs_give_the_same_bytes(folder, bundle, tmp_path):
+    again = small_bundle(tmp_path)
+    assert again.name == bundle.name
+    assert sorted(p.name for p in again.iterdir()) == sorted([*FILES, 'run.json'])
+    for name in FILES:
+        assert (again / name).read_bytes() == (bundle / name).read_bytes(), name
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.sampled_from(FILES), st.floats(0, 1, exclude_max=True), st.integers(1, 255))
+def test_any_changed_byte_is_refused_through_the_pointer(folder, bundle, name, where, change):
+    path = bundle / name
+    original = path.read_bytes()
+    changed = bytearray(original)
+    changed[int(where * len(changed))] ^= change
+    path.write_bytes(changed)
+    try:
+        with pytest.raises(RiskError):
+            load_bundle(folder / 'champion.json')
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.parametrize('name', FILES)
+@pytest.mark.parametrize('damage', ['missing', 'empty', 'longer'])
+def test_a_damaged_file_is_refused(folder, bundle, tmp_path, name, damage):
+    copy = shutil.copytree(bundle, tmp_path / bundle.name)
+    write_pointer(tmp_path / 'champion.json', copy)
+    path = copy / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != 'missing':
+        path.write_bytes(b'' if damage == 'empty' else content + b'\n')
+    with pytest.raises(RiskError, match='no complete bundle' if damage == 'missing' else 'no complete bundle|was changed'):
+        load_bundle(tmp_path / 'champion.json')
+
+
+def test_a_manifest_made_to_fit_a_changed_file_is_refused_through_the_pointer(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / bundle.name)
+    write_pointer(tmp_path / 'champion.json', copy)
+    policy = json.loads((copy / 'policy.json').read_text())
+    (copy / 'policy.json').write_text(json.dumps(policy | {'approve_below': 1.0}))
+    manifest = json.loads((copy / 'manifest.json').read_text())
+    import hashlib
+    manifest['files']['policy.json'] = hashlib.sha256((copy / 'policy.json').read_bytes()).hexdigest()
+    (copy / 'manifest.json').write_text(json.dumps(manifest))
+    with pytest.raises(RiskError, match='manifest.json'):
+        load_bundle(tmp_path / 'champion.json')
+
+
+def test_facts_of_a_run_do_not_change_the_version(bundle, tmp_path):
+    copy = shutil.copytree(bundle, tmp_path / bundle.name)
+    (copy / 'run.json').write_text('{"seconds": 99}')
+    assert load_bundle(copy).version == bundle.name
+
+
+@pytest.mark.parametrize(('content', 'match'), [('', 'no model'), ('[]', 'no model'), ('{"version": "x"}', 'no model'),
+                                                ('{"version": "x", "path": "nowhere"}', 'no complete bundle')])
+def test_a_broken_pointer_is_refused_in_words(tmp_path, content, match):
+    (tmp_path / 'champion.json').write_text(content)
+    with pytest.raises(RiskError, match=match):
+        load_bundle(tmp_path / 'champion.json')
+
+
+def test_the_pointer_moves_with_its_folder(folder, tmp_path, scorer):
+    shutil.copytree(folder, tmp_path / 'elsewhere')
+    assert load_bundle(tmp_path / 'elsewhere' / 'champion.json').version == scorer.version
+
+
+def test_loading_and_scoring_never_unpickle(folder, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError('something was unpickled')
+
+    for name in ('load', 'loads', 'Unpickler', '_Unpickler', '_load', '_loads'):
+        monkeypatch.setattr(pickle, name, refuse)
+    with pytest.raises(AssertionError):
+        pickle.Unpickler(io.BytesIO())
+    scorer = load_bundle(folder / 'champion.json')
+    assert scorer.record({'amount': 500.0})['decision'] in ('approve', 'refer', 'decline')
+
+
+def test_no_file_of_a_bundle_is_a_pickle_and_every_one_is_text(bundle):
+    for path in bundle.iterdir():
+        path.read_text(encoding='utf-8')
+        with pytest.raises(Exception):  # noqa: B017  # any refusal will do
+            pickle.loads(path.read_bytes())
+
+
+def test_loading_is_quiet(folder, capfd):
+    with warnings.catch_warnings():
+        warnings.simplefilter('error')
+        load_bundle(folder / 'champion.json')
+    captured = capfd.readouterr()
+    assert (captured.out, captured.err) == ('', '')
+
+
+def test_no_file_stays_open(folder):
+    before = len(os.listdir('/proc/self/fd'))
+    load_bundle(folder / 'champion.json')
+    assert len(os.listdir('/proc/self/fd')) <= before
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_one_record_scores_as_the_table_does_bit_for_bit(scorer, seed):
+    raw = applications(200, seed)
+    table = scorer.frame(check_frame(scorer.contract, raw).frame)
+    for i in range(200):
+        one = scorer.record({name: values[i] for name, values in raw.items()})
+        assert one['pd'] == table['pd'][i] and one['score'] == table['score'][i] and one['decision'] == table['decision'][i]
+        assert one['value'] == table['value'][i]
+
+
+def test_threads_and_the_size_of_a_block_change_no_bit(scorer):
+    typed = check_frame(scorer.contract, applications(3000, 7)).frame
+    whole = scorer.frame(typed)
+    two = scorer.frame(typed, threads=2)
+    parts = [scorer.frame({n: v[i:i + 700] for n, v in typed.items()}) for i in range(0, 3000, 700)]
+    for name in ('pd', 'value'):
+        np.testing.assert_array_equal(whole[name], two[name])
+        np.testing.assert_array_equal(whole[name], np.concatenate([p[name] for p in parts]))
+
+
+def test_an_empty_table_scores_to_an_empty_answer(scorer):
+    assert {n: len(v) for n, v in scorer.frame(check_frame(scorer.contract, applications(0)).frame).items()} == {
+        'pd': 0, 'score': 0, 'decision': 0, 'value': 0}
+
+
+def test_bundles_of_two_processes_do_not_disturb_each_other(tmp_path):
+    first, second = small_scorer(tmp_path / 'a'), load_bundle(small_bundle(tmp_path / 'b', trees=5))
+    assert first.version != second.version

@@ -6,10 +6,11 @@
 __all__ = ['KINDS', 'ROLES', 'Limits', 'ROWS_NAMED', 'RULES', 'SOFT', 'DEFAULT_NULLS', 'DECISIONS', 'Column', 'Violation',
            'Checked', 'Contract', 'check_frame', 'check_record', 'load_contract', 'parse_contract']
 
-# %% ../nbs/01_contract.ipynb #2d516514
+# %% ../nbs/01_contract.ipynb #1abf8667
 import datetime as dt
 import json
 import math
+import reprlib
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -22,7 +23,7 @@ import yaml
 
 from .core import Frame, RiskError, canonical_json, digest_bytes, listing, suggest
 
-# %% ../nbs/01_contract.ipynb #b1bd77ee
+# %% ../nbs/01_contract.ipynb #b0a13b43
 KINDS = ('number', 'integer', 'category', 'flag', 'date')
 ROLES = ('feature', 'target', 'id', 'time', 'protected', 'leak', 'excluded')
 Limits = tuple[float | None, float | None]
@@ -54,11 +55,16 @@ class Column:
         return frozenset(self.levels)
 
     @cached_property
+    def codes(self) -> frozenset[str | float]:
+        "Special codes as text and, where they are numbers or dates, as numbers."
+        return frozenset(c for code in self.special for c in _spellings(code, self.kind))
+
+    @cached_property
     def read(self) -> Callable[[Any], Any]:
         "Reads a raw value that is not null; raises ValueError for what the kind cannot hold."
         return _reader(self)
 
-# %% ../nbs/01_contract.ipynb #870db5cb
+# %% ../nbs/01_contract.ipynb #0c96e181
 _NAN = float('nan')
 _EPOCH = dt.datetime(1970, 1, 1)
 _DATE_LIMITS = (-25567.0, 84005.0)  # 1900-01-01 to 2199-12-31: beyond, a number is no date but a code such as 20240115
@@ -66,12 +72,14 @@ _DATE_LIMITS = (-25567.0, 84005.0)  # 1900-01-01 to 2199-12-31: beyond, a number
 
 def _is_null(value:Any)->bool:
     "Is a raw value missing?"
-    return value is None or (isinstance(value, (float, np.floating)) and value != value) or value == ''
+    if isinstance(value, str):
+        return value == ''
+    return value is None or (isinstance(value, (float, np.floating, np.datetime64)) and bool(value != value))
 
-# %% ../nbs/01_contract.ipynb #0c147d25
+# %% ../nbs/01_contract.ipynb #c6008660
 def _number(value:Any)->float:
     "A finite number; booleans and text are not numbers."
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (int, float, np.integer, np.floating)):
+    if isinstance(value, (bool, np.bool_, np.timedelta64)) or not isinstance(value, (int, float, np.integer, np.floating)):
         raise ValueError('not a number')
     if not math.isfinite(value):
         raise ValueError('not finite')
@@ -85,7 +93,7 @@ def _integer(value:Any)->float:
         raise ValueError('not a whole number')
     return number
 
-# %% ../nbs/01_contract.ipynb #e46e4fd7
+# %% ../nbs/01_contract.ipynb #9c689e13
 def _text(value:Any)->str:
     "A level as text: 1, 1.0 and '1' are the same level."
     if isinstance(value, (str, np.str_)):
@@ -93,9 +101,9 @@ def _text(value:Any)->str:
     if isinstance(value, (bool, np.bool_)):
         return str(bool(value))
     number = _number(value)
-    return str(int(number)) if number == math.floor(number) else repr(number)
+    return repr(number) if number != math.floor(number) else str(int(value))  # not of the float, which rounds long codes
 
-# %% ../nbs/01_contract.ipynb #5da502ed
+# %% ../nbs/01_contract.ipynb #b4a101a9
 def _date(value:Any)->float:
     "Days since 1970-01-01, from ISO text, a date, a datetime or such a number of days."
     if isinstance(value, np.datetime64):
@@ -103,19 +111,52 @@ def _date(value:Any)->float:
     if isinstance(value, str):
         value = dt.datetime.fromisoformat(value)
     if isinstance(value, dt.datetime):
-        value = (value.astimezone(dt.UTC).replace(tzinfo=None) if value.tzinfo else value) - _EPOCH
+        days = ((value.astimezone(dt.UTC).replace(tzinfo=None) if value.tzinfo else value) - _EPOCH) / dt.timedelta(days=1)
     elif isinstance(value, dt.date):
-        value = dt.datetime(value.year, value.month, value.day) - _EPOCH
-    days = value / dt.timedelta(days=1) if isinstance(value, dt.timedelta) else _number(value)
+        days = float((value - _EPOCH.date()).days)
+    else:
+        days = _number(value)
     if not _DATE_LIMITS[0] <= days <= _DATE_LIMITS[1]:
         raise ValueError('not a date from 1900 to 2199')
     return days
 
-# %% ../nbs/01_contract.ipynb #ab9bb604
+# %% ../nbs/01_contract.ipynb #f76b0a00
 def _reader(
     column:Column, # what the contract says
 )->Callable[[Any], Any]: # reads a raw value that is not null; raises ValueError
     "How a raw value of this column is read."
+    plain, codes, null = _plain_reader(column), column.codes, _null_value(column)
+    if not codes:
+        return plain
+    def read(value: Any) -> Any:
+        if _is_code(value, codes):
+            return null
+        typed = plain(value)
+        return null if column.kind == 'date' and typed in codes else typed
+    return read
+
+# %% ../nbs/01_contract.ipynb #ec483c51
+def _is_code(value:Any, codes:frozenset[str|float])->bool:
+    "Is a raw value one of the special codes?"
+    try:
+        return (value if isinstance(value, str) else _number(value)) in codes
+    except ValueError:
+        return False
+
+# %% ../nbs/01_contract.ipynb #4f0d721a
+def _spellings(code:Any, kind:str)->list[str|float]:
+    "How a special code may come: 9 is also 9.0 and '9'; a date is also a number of days."
+    found: list[str | float] = [_text(code)]
+    for read in (float, _date) if kind == 'date' else (float,):
+        try:
+            found.append(_number(read(code)))
+        except ValueError:
+            continue
+    return found
+
+# %% ../nbs/01_contract.ipynb #c9ea074a
+def _plain_reader(column:Column)->Callable[[Any], Any]:
+    "How a raw value is read that is no special code."
     if column.role == 'target':
         return lambda value: float(_level(column, _text(value)) == column.bad)
     if column.kind == 'flag':
@@ -169,7 +210,7 @@ class Violation:
         example = f', for example {self.example}' if self.example else ''
         return f'column {self.column}: {self.count:,} value{"s" if self.count > 1 else ""} {RULES[self.rule]}{where}{example}; expected {self.expected}.'
 
-# %% ../nbs/01_contract.ipynb #eb30303a
+# %% ../nbs/01_contract.ipynb #03fc5800
 def _expected(column:Column, rule:str)->str:
     "What the contract expects of a value, in words."
     if rule == 'null':
@@ -178,47 +219,53 @@ def _expected(column:Column, rule:str)->str:
         return f'one of {listing(column.levels, show=8)}'
     name = {'number': 'a number', 'integer': 'a whole number', 'category': 'text', 'flag': 'one of two values', 'date': 'a date such as 2026-01-31'}
     low, high = column.hard if rule == 'hard_range' else column.range
-    bounds = f' from {low:,}' if low is not None else ''
-    bounds += f' up to {high:,}' if high is not None else ''
+    bounds = f' from {_limit(column, low)}' if low is not None else ''
+    bounds += f' up to {_limit(column, high)}' if high is not None else ''
     return name[column.kind] + bounds + (f' {column.unit}' if column.unit and bounds else '')
 
-# %% ../nbs/01_contract.ipynb #20553917
+# %% ../nbs/01_contract.ipynb #b0ce2e08
+def _limit(column:Column, limit:float)->str:
+    "A limit as a person writes it."
+    return (_EPOCH + dt.timedelta(days=limit)).date().isoformat() if column.kind == 'date' else f'{limit:,}'
+
+# %% ../nbs/01_contract.ipynb #694f0c26
 def _violation(column:Column, rule:str, severity:str, mask:npt.NDArray[np.bool_], values:Any, start:int)->Violation:
     "The violation of the rows where `mask` is true."
     rows = np.flatnonzero(mask)
-    example = '' if rule == 'null' else repr(_plain(values[rows[0]]))
+    example = '' if rule == 'null' else _example(column, values[rows[0]])
     return Violation(column.name, rule, severity, len(rows), tuple(int(r) + start for r in rows[:ROWS_NAMED]), example, _expected(column, rule))
 
-# %% ../nbs/01_contract.ipynb #04737302
-def _plain(value:Any)->Any:
-    "A value as a person writes it: no numpy types, no `.0`, long text cut."
-    value = value.item() if isinstance(value, np.generic) else value
-    value = int(value) if isinstance(value, float) and value.is_integer() else value
-    return value if not isinstance(value, str) or len(value) <= 40 else value[:37] + '...'
+# %% ../nbs/01_contract.ipynb #c201cdc1
+_SHORT = reprlib.Repr()
+_SHORT.maxstring = _SHORT.maxlong = _SHORT.maxother = 40
 
-# %% ../nbs/01_contract.ipynb #b0b4a52e
+
+def _example(column:Column, value:Any)->str:
+    "A value as a person writes it: no numpy types, no `.0`, days as a date, long ones cut."
+    value = value.item() if isinstance(value, (np.number, np.bool_, np.str_)) else value
+    if isinstance(value, float) and value.is_integer():
+        value = _limit(column, value) if column.kind == 'date' and abs(value) < 1e5 else int(value)
+    try:
+        return _SHORT.repr(value)
+    except ValueError:
+        return 'a number of thousands of digits'
+
+# %% ../nbs/01_contract.ipynb #da939c0d
 def _read_array(
     column:Column, # what the contract says
     values:npt.ArrayLike, # (rows,) raw values of any dtype
 )->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]: # (rows,) typed values, null where unreadable; (rows,) which were unreadable
     "Reads a raw column."
-    array = values if isinstance(values, np.ndarray) else _object_array(values)
-    if array.dtype.kind == 'M':
-        array, column_kind = (array.astype('datetime64[us]').astype('int64') / 86_400_000_000.0, 'date') if column.kind == 'date' else (array, '')
-        array = np.where(array < -1e8, np.nan, array) if column_kind else array  # NaT is the smallest integer
-    if array.dtype.kind in 'iuf' and column.kind in ('number', 'integer', 'date') and column.role != 'target':
-        return _read_numbers(column, array.astype(np.float64))
-    return _read_objects(column, array.tolist())
+    if not isinstance(values, np.ndarray):
+        return _read_objects(column, list(values))  # type: ignore[arg-type]
+    if values.dtype.kind == 'M' and column.kind == 'date':
+        days = values.astype('datetime64[us]').astype(np.int64) / 86_400_000_000.0
+        return _read_numbers(column, np.where(np.isnat(values), np.nan, days))
+    if values.dtype.kind in 'iuf' and column.kind in ('number', 'integer', 'date') and column.role != 'target':
+        return _read_numbers(column, values.astype(np.float64))
+    return _read_objects(column, list(values) if values.dtype.kind in 'mM' else values.tolist())  # tolist makes integers of dates
 
-# %% ../nbs/01_contract.ipynb #e6ba9e9b
-def _object_array(values:Any)->npt.NDArray[Any]:
-    "A sequence as an array of its objects, without numpy guessing a common type."
-    values = list(values)
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array
-
-# %% ../nbs/01_contract.ipynb #dd66daa8
+# %% ../nbs/01_contract.ipynb #8f837c8b
 def _read_numbers(column:Column, numbers:npt.NDArray[np.float64])->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     "Reads an array that is numeric already."
     unreadable = np.isinf(numbers)
@@ -226,14 +273,15 @@ def _read_numbers(column:Column, numbers:npt.NDArray[np.float64])->tuple[npt.NDA
         unreadable |= numbers != np.floor(numbers)
     if column.kind == 'date':
         unreadable |= (numbers < _DATE_LIMITS[0]) | (numbers > _DATE_LIMITS[1])
-    unreadable &= ~np.isnan(numbers)
-    return np.where(unreadable | np.isin(numbers, column.special), np.nan, numbers), unreadable
+    special = np.isin(numbers, [c for c in column.codes if isinstance(c, float)])
+    unreadable &= ~np.isnan(numbers) & ~special
+    return np.where(unreadable | special, np.nan, numbers), unreadable
 
-# %% ../nbs/01_contract.ipynb #4ef62307
+# %% ../nbs/01_contract.ipynb #5e1927f8
 def _read_objects(column:Column, values:list[Any])->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
     "Reads values one by one; text that repeats is read once."
     read, null = column.read, _null_value(column)
-    special, unreadable = set(column.special), np.zeros(len(values), dtype=bool)
+    unreadable = np.zeros(len(values), dtype=bool)
     typed = np.empty(len(values), dtype=object if null is None else np.float64)
     seen: dict[str, Any] = {}
     for i, value in enumerate(values):
@@ -245,8 +293,6 @@ def _read_objects(column:Column, values:list[Any])->tuple[npt.NDArray[Any], npt.
         except (ValueError, OverflowError):
             typed[i], unreadable[i] = null, True
             continue
-        if special and typed[i] in special:
-            typed[i] = null
         if type(value) is str and len(seen) < 10_000:
             seen[value] = typed[i]
     return typed, unreadable
@@ -360,37 +406,50 @@ def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Vio
             found.append(Violation(column.name, 'missing', 'hard', 1))
     return found
 
-# %% ../nbs/01_contract.ipynb #ce8ba82a
+# %% ../nbs/01_contract.ipynb #ca7ac43e
 def check_frame(
     contract:Contract, # what is expected
     raw:Mapping[str, npt.ArrayLike], # column name to (rows,) raw values, as read from a file
     start:int=1, # number of the first row, for messages
     need_target:bool=False, # is a missing target an error?
 )->Checked: # the typed frame with all columns of the contract, and what is wrong with it
-    "Reads a table and holds it against its contract; raises nothing."
+    "Reads a table and holds it against its contract; raises only for what is no table."
     violations = _column_violations(contract, raw, need_target)
-    rows = max((len(v) for v in raw.values()), default=0)  # type: ignore[arg-type]
+    table: dict[str, Any] = {name: v if isinstance(v, np.ndarray) else list(v) for name, v in raw.items()}  # type: ignore[misc, arg-type]
+    rows = _row_count(table)
     frame, bad_rows = {}, np.zeros(rows, dtype=bool)
     for column in contract.columns.values():
-        if column.name not in raw:
+        if column.name not in table:
             frame[column.name] = np.full(rows, _null_value(column))
             continue
-        typed, unreadable = _read_array(column, raw[column.name])
+        typed, unreadable = _read_array(column, table[column.name])
         frame[column.name] = typed
         for rule, mask in _limit_masks(column, typed, unreadable).items():
             if mask.any():
                 severity = 'soft' if rule in SOFT else 'hard'
-                shown = raw[column.name] if rule in ('type', 'level') else typed
+                shown = table[column.name] if rule in ('type', 'level') else typed
                 violations.append(_violation(column, rule, severity, mask, shown, start))
                 bad_rows |= mask & (severity == 'hard')
     return Checked(frame, violations, bad_rows)
 
-# %% ../nbs/01_contract.ipynb #a2f07cb9
+# %% ../nbs/01_contract.ipynb #bfa7039a
+def _row_count(raw:Mapping[str, Any])->int:
+    "Number of rows of a table; its columns must have one length and one dimension."
+    rows = {name: len(values) for name, values in raw.items()}
+    wrong = [f'column {n} has {k:,} rows' for n, k in rows.items() if k != max(rows.values())]
+    wrong += [f'column {n} has {v.ndim} dimensions' for n, v in raw.items() if isinstance(v, np.ndarray) and v.ndim != 1]
+    if wrong:
+        raise RiskError(f'A table has columns of one length; the longest here has {max(rows.values()):,} rows:', wrong)
+    return max(rows.values(), default=0)
+
+# %% ../nbs/01_contract.ipynb #adeabf22
 def check_record(
     contract:Contract, # what is expected
     record:Mapping[str, Any], # field name to raw value; a field that may be null may be left out
 )->tuple[dict[str, Any], list[Violation]]: # typed value per column of the contract; what is wrong
-    "Reads one application and holds it against its contract; raises nothing."
+    "Reads one application and holds it against its contract; raises only for what is no application."
+    if not isinstance(record, Mapping):
+        raise RiskError(f'An application is a mapping of field names to values, got {type(record).__name__}.')
     typed: dict[str, Any] = {}
     violations = _column_violations(contract, record, need_target=False)
     for column in contract.columns.values():
@@ -398,20 +457,17 @@ def check_record(
         typed[column.name] = value
         if rule and not (rule == 'null' and column.name not in record):
             severity = 'soft' if rule in SOFT else 'hard'
-            example = '' if rule == 'null' else repr(_plain(record[column.name]))
+            example = '' if rule == 'null' else _example(column, record[column.name])
             violations.append(Violation(column.name, rule, severity, 1, (), example, _expected(column, rule)))
     return typed, violations
 
-# %% ../nbs/01_contract.ipynb #603ae312
+# %% ../nbs/01_contract.ipynb #183546f3
 def _read_value(column:Column, raw:Any)->tuple[Any, str]:
     "The typed value of one field and the rule it breaks, or an empty string."
-    null = _null_value(column)
     try:
-        value = null if _is_null(raw) else column.read(raw)
+        value = _null_value(column) if _is_null(raw) else column.read(raw)
     except (ValueError, OverflowError):
-        return null, 'level' if column.kind == 'flag' or column.role == 'target' else 'type'
-    if value in column.special:
-        value = null
+        return _null_value(column), 'level' if column.kind == 'flag' or column.role == 'target' else 'type'
     if value is None or value != value:
         return value, '' if column.null else 'null'
     if isinstance(value, str):

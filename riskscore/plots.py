@@ -21,18 +21,19 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from .core import RiskError
 
-# %% ../nbs/40_plots.ipynb #f2f478d4
+# %% ../nbs/40_plots.ipynb #cb10199c
 COLOURS = {
     'good': '#0072b2', 'bad': '#d55e00', 'approve': '#0072b2', 'refer': '#e69f00', 'decline': '#d55e00',
     'first': '#00798c', 'second': '#8a5a9e', 'ink': '#22303c', 'muted': '#5f6b76', 'grid': '#e3e7eb',
 }
+_VARIABLES = ('good', 'bad', 'refer', 'first', 'second', 'ink', 'muted', 'grid')  # CSS variables of a page
 _SMALL:dict[str, Any] = {'fontsize': 8, 'color': COLOURS['ink']}
 
-# %% ../nbs/40_plots.ipynb #3e8c641d
+# %% ../nbs/40_plots.ipynb #95efbec0
 def new_axes(
     x:str, # label of the horizontal axis, with its unit
     y:str, # label of the vertical axis, with its unit
-    size:tuple[float, float]=(6.2, 3.5), # inches; small, so that it is readable on a phone
+    size:tuple[float, float]=(5.6, 3.2), # inches; small, so that it is readable on a phone
 )->tuple[Figure, Axes]: # the figure and its only axes
     "An empty figure in the house look."
     figure = Figure(figsize=size, layout='constrained')
@@ -65,7 +66,7 @@ def percent(
     for name in which:
         getattr(axes, f'{name}axis').set_major_formatter(PercentFormatter(1, symbol='%'))
 
-# %% ../nbs/40_plots.ipynb #13ea40aa
+# %% ../nbs/40_plots.ipynb #58669d72
 def to_svg(
     figure:Figure, # a figure of this package
 )->str: # one <svg> element
@@ -73,6 +74,8 @@ def to_svg(
     buffer = io.StringIO()
     for text in figure.findobj(Text):
         text.set_parse_math(False)  # type: ignore[attr-defined]
+    figure.draw_without_rendering()
+    figure.set_layout_engine('none')  # laid out once: drawing again changes nothing
     with rc_context({'svg.fonttype': 'none', 'svg.hashsalt': 'riskscore', 'path.simplify_threshold': 0.3}):
         figure.savefig(buffer, format='svg', metadata={'Date': None, 'Creator': None, 'Format': None, 'Type': None})
     svg = buffer.getvalue()
@@ -80,11 +83,13 @@ def to_svg(
     svg = re.sub(r' xmlns(:\w+)?="[^"]*"| version="1.1"', '', svg).replace('xlink:href', 'href')
     used = set(re.findall(r'[("]#([^")]+)', svg))
     svg = re.sub(r' id="([^"]*)"', lambda m: m[0] if m[1] in used else '', svg)
-    for name in ('ink', 'muted', 'grid'):
+    svg = re.sub(r' (d|x|y|transform)="[^"]*"', lambda m: re.sub(r'(\.\d\d)\d+', r'\1', m[0]), svg)  # a hundredth of a point is enough
+    for name in _VARIABLES:
         svg = svg.replace(COLOURS[name], f'var(--figure-{name}, {COLOURS[name]})')
-    return re.sub(r'\s*\n\s*', '\n', svg).strip()
+    svg = re.sub(r' font-family: [^;]*;', '', svg).replace('<svg', '<svg font-family="sans-serif"', 1)
+    return re.sub(r'\s*\n\s*', '\n', re.sub(r'<g>\s*</g>|<g ?/>', '', svg)).strip()
 
-# %% ../nbs/40_plots.ipynb #bd8e7d8f
+# %% ../nbs/40_plots.ipynb #c638a512
 def bar_figure(
     values:Mapping[str, float], # name -> value
     label:str, # what the values are, with their unit
@@ -96,7 +101,7 @@ def bar_figure(
     if not values:
         raise RiskError(f"There is nothing to draw for '{label}': expected at least one name with a value.")
     shown = sorted(values, key=lambda name: (-values[name], name))[:top][::-1]
-    figure, axes = new_axes(label, '', (6.2, 0.7 + 0.24 * len(shown)))
+    figure, axes = new_axes(label, '', (5.6, 0.7 + 0.24 * len(shown)))
     lengths = [values[name] for name in shown]
     axes.barh(range(len(shown)), lengths, height=0.68, color=COLOURS['first'],
               xerr=[errors[name] for name in shown] if errors else None, error_kw={'ecolor': COLOURS['muted'], 'elinewidth': 1})
@@ -119,14 +124,14 @@ def null_figure(
     figure.axes[0].set_xlim(0, 1.12)
     return figure
 
-# %% ../nbs/40_plots.ipynb #0ac1e702
+# %% ../nbs/40_plots.ipynb #3ca6e4bf
 def folds_figure(
     values:Sequence[float], # one figure a fold
     label:str='AUC', # name of the metric
 )->Figure:
     "A metric fold by fold, with mean and spread."
     scores = np.asarray(values, dtype=np.float64)
-    figure, axes = new_axes('Fold', label, (6.2, 2.6))
+    figure, axes = new_axes('Fold', label, (5.6, 2.5))
     mean, spread = scores.mean(), scores.std(ddof=1) if len(scores) > 1 else 0.0
     axes.axhspan(mean - spread, mean + spread, color=COLOURS['first'], alpha=0.12, linewidth=0)
     axes.axhline(mean, color=COLOURS['first'], linewidth=1.2, label=f'mean {mean:.4f}, standard deviation {spread:.4f}')
@@ -139,7 +144,7 @@ def folds_figure(
     add_legend(axes, loc='upper center', bbox_to_anchor=(0.5, 1.15))
     return figure
 
-# %% ../nbs/40_plots.ipynb #04753039
+# %% ../nbs/40_plots.ipynb #4ebe61f1
 def tuning_figure(
     values:Sequence[float], # the metric of each trial, in order
     pruned:Sequence[bool]|None=None, # True for a trial that was stopped early
@@ -150,7 +155,7 @@ def tuning_figure(
     scores = np.asarray(values, dtype=np.float64)
     stopped:npt.NDArray[np.bool_] = np.zeros(len(scores), dtype=bool) if pruned is None else np.asarray(pruned, dtype=bool)
     trials, usable = np.arange(1, len(scores) + 1), ~stopped & np.isfinite(scores)
-    figure, axes = new_axes('Trial', label, (6.2, 2.8))
+    figure, axes = new_axes('Trial', label, (5.6, 2.7))
     axes.plot(trials[usable], scores[usable], 'o', color=COLOURS['first'], alpha=0.75, markersize=5, label='trial')
     if stopped.any():
         axes.plot(trials[stopped], scores[stopped], 'o', color=COLOURS['muted'], mfc='none', markersize=5, label='stopped early')

@@ -6,11 +6,14 @@
 __all__ = ['KINDS', 'ROLES', 'Limits', 'ROWS_NAMED', 'RULES', 'SOFT', 'DEFAULT_NULLS', 'DECISIONS', 'Column', 'Violation',
            'Checked', 'Contract', 'check_frame', 'check_record', 'load_contract', 'parse_contract']
 
-# %% ../nbs/01_contract.ipynb #1abf8667
+# %% ../nbs/01_contract.ipynb #9acbee03
 import datetime as dt
 import json
 import math
+import re
 import reprlib
+import sys
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -64,9 +67,10 @@ class Column:
         "Reads a raw value that is not null; raises ValueError for what the kind cannot hold."
         return _reader(self)
 
-# %% ../nbs/01_contract.ipynb #0c96e181
+# %% ../nbs/01_contract.ipynb #1bbabafc
 _NAN = float('nan')
 _EPOCH = dt.datetime(1970, 1, 1)
+_LARGEST = sys.float_info.max
 _DATE_LIMITS = (-25567.0, 84005.0)  # 1900-01-01 to 2199-12-31: beyond, a number is no date but a code such as 20240115
 
 
@@ -180,7 +184,7 @@ def _null_value(column:Column)->Any:
     "How null is stored."
     return None if column.kind == 'category' and column.role != 'target' else _NAN
 
-# %% ../nbs/01_contract.ipynb #040d3f70
+# %% ../nbs/01_contract.ipynb #318ea5fa
 ROWS_NAMED = 20
 RULES = {
     'type': 'unreadable', 'level': 'not a known level', 'null': 'missing but required',
@@ -208,16 +212,18 @@ class Violation:
             return f'column {self.column} {RULES[self.rule]}.{self.expected}'
         where = f' in row{"s" if self.count > 1 else ""} {listing(self.rows, self.count)}' if self.rows else ''
         example = f', for example {self.example}' if self.example else ''
-        return f'column {self.column}: {self.count:,} value{"s" if self.count > 1 else ""} {RULES[self.rule]}{where}{example}; expected {self.expected}.'
+        counted = f'{self.count:,} value{"s" if self.count > 1 else ""}'
+        return f'column {self.column}: {counted} {RULES[self.rule]}{where}{example}; expected {self.expected}.'
 
-# %% ../nbs/01_contract.ipynb #03fc5800
+# %% ../nbs/01_contract.ipynb #dfa2ab37
 def _expected(column:Column, rule:str)->str:
     "What the contract expects of a value, in words."
     if rule == 'null':
         return 'a value in every row'
     if column.levels and rule in ('level', 'unseen', 'type'):
         return f'one of {listing(column.levels, show=8)}'
-    name = {'number': 'a number', 'integer': 'a whole number', 'category': 'text', 'flag': 'one of two values', 'date': 'a date such as 2026-01-31'}
+    name = {'number': 'a number', 'integer': 'a whole number', 'category': 'text', 'flag': 'one of two values',
+            'date': 'a date such as 2026-01-31'}
     low, high = column.hard if rule == 'hard_range' else column.range
     bounds = f' from {_limit(column, low)}' if low is not None else ''
     bounds += f' up to {_limit(column, high)}' if high is not None else ''
@@ -228,12 +234,13 @@ def _limit(column:Column, limit:float)->str:
     "A limit as a person writes it."
     return (_EPOCH + dt.timedelta(days=limit)).date().isoformat() if column.kind == 'date' else f'{limit:,}'
 
-# %% ../nbs/01_contract.ipynb #694f0c26
+# %% ../nbs/01_contract.ipynb #bcda99ce
 def _violation(column:Column, rule:str, severity:str, mask:npt.NDArray[np.bool_], values:Any, start:int)->Violation:
     "The violation of the rows where `mask` is true."
     rows = np.flatnonzero(mask)
     example = '' if rule == 'null' else _example(column, values[rows[0]])
-    return Violation(column.name, rule, severity, len(rows), tuple(int(r) + start for r in rows[:ROWS_NAMED]), example, _expected(column, rule))
+    named = tuple(int(r) + start for r in rows[:ROWS_NAMED])
+    return Violation(column.name, rule, severity, len(rows), named, example, _expected(column, rule))
 
 # %% ../nbs/01_contract.ipynb #c201cdc1
 _SHORT = reprlib.Repr()
@@ -477,50 +484,112 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
             return value, rule
     return value, ''
 
-# %% ../nbs/01_contract.ipynb #0c72e9b8
+# %% ../nbs/01_contract.ipynb #18d17703
 class _Loader(yaml.SafeLoader):
     "Safe YAML that refuses a repeated key; the key `null` is the word, not the value."
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
-        repeated = sorted({str(k) for k in keys if keys.count(k) > 1})
+        if any(k.tag == 'tag:yaml.org,2002:merge' for k, _ in node.value):
+            raise RiskError(f'A contract has no merge keys (<<), see line {node.start_mark.line + 1}: write the settings out.')
+        keys = [str(self.construct_object(k, deep=True)) for k, _ in node.value]
+        repeated = sorted(k for k, n in Counter(keys).items() if n > 1)
         if repeated:
             raise RiskError(f'A key stands twice in the contract near line {node.start_mark.line + 1}: {listing(repeated)}. Keep one.')
         return {'null' if k is None else k: v for k, v in super().construct_mapping(node, deep).items()}
 
-# %% ../nbs/01_contract.ipynb #cdb547fe
+    def construct_yaml_int(self, node: Any) -> Any:
+        return node.value if re.match(r'[-+]?0[0-9_]|.*:', node.value) else super().construct_yaml_int(node)
+
+
+_Loader.add_constructor('tag:yaml.org,2002:int', _Loader.construct_yaml_int)
+
+# %% ../nbs/01_contract.ipynb #e691dc85
 def load_contract(
     path:str|Path, # a YAML file, or the JSON form that a pipeline writes
 )->Contract: # validated
     "Reads a contract; one RiskError lists everything that is wrong with it."
     try:
-        text = Path(path).read_text(encoding='utf-8')
+        content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)  # a subclass of SafeLoader: builds plain types only
     except OSError as error:
         raise RiskError(f'Cannot read the contract {path}: {error.strerror}. Committed contracts are in data/contracts; '
                         'make one with `riskscore contract infer FILE --target COLUMN`.') from error
-    try:
-        content = yaml.load(text, Loader=_Loader)  # a subclass of SafeLoader: builds plain types only
-    except yaml.YAMLError as error:
+    except UnicodeDecodeError as error:
+        raise RiskError(f'The contract {path} is not UTF-8 text (byte {error.start:,}). Save it as UTF-8.') from error
+    except RiskError as error:
+        raise RiskError(f'{path}: {error}') from error
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise RiskError(f'The contract {path} is not valid YAML: {" ".join(str(error).split())}') from error
     return parse_contract(content, str(path))
 
-# %% ../nbs/01_contract.ipynb #b11b588b
+# %% ../nbs/01_contract.ipynb #0c4fef3c
 def parse_contract(
     content:Any, # what the YAML holds: nested mappings, lists and values
     source:str='contract', # its name in messages
 )->Contract: # validated
     "Builds a contract from plain types."
+    _check_size(content, source)
     if not isinstance(content, Mapping) or not isinstance(content.get('columns'), Mapping):
         raise RiskError(f'{source} is no contract: expected a mapping with the keys name and columns.')
-    problems = _unknown_keys('contract', content, Contract.__dataclass_fields__)
-    columns = {str(n): _parse_column(str(n), {} if c is None else c, problems) for n, c in content['columns'].items()}
-    known = {k: _frozen(v) for k, v in content.items() if k in Contract.__dataclass_fields__ and k != 'columns' and v is not None}
-    known['name'] = str(content.get('name') or Path(source).stem)
-    contract = Contract(columns=columns, **known)
-    problems += _contract_problems(contract) if not problems else []
+    problems: list[str] = []
+    known = _settings('contract', content, _CONTRACT_KEYS, problems)
+    columns = {str(n): _parse_column(n, {} if c is None else c, problems) for n, c in content['columns'].items()}
+    if len(columns) < len(content['columns']):
+        problems.append('columns: a name stands twice, with and without quotes; keep one.')
+    if 'nulls' in known:
+        words = tuple('null' if v is None else v for v in known['nulls'])
+        known['nulls'] = tuple(map(_text, _codes_of('contract', 'nulls', words, problems)))
+    known |= {'columns': columns, 'name': str(known.get('name') or Path(source).stem)}
+    contract = Contract(**known)
+    problems += _contract_problems(contract)
     if problems:
         raise RiskError(f'{source} has {len(problems)} problem{"s" if len(problems) > 1 else ""}; correct and try again:', problems)
     return contract
+
+# %% ../nbs/01_contract.ipynb #fc5752d5
+_MOST_VALUES, _MOST_LEVELS = 200_000, 20
+
+
+def _check_size(content:Any, source:str)->None:
+    "Refuses content that is too large or too deep to be a contract."
+    waiting, seen = [(content, 0)], 0
+    while waiting:
+        value, level = waiting.pop()
+        seen += 1
+        if seen > _MOST_VALUES or level > _MOST_LEVELS:
+            raise RiskError(f'{source} is no contract: more than {_MOST_VALUES:,} values, or nested more than {_MOST_LEVELS} levels.')
+        inner = [*value, *value.values()] if isinstance(value, Mapping) else value if isinstance(value, (list, tuple)) else ()
+        waiting += [(v, level + 1) for v in inner]
+
+# %% ../nbs/01_contract.ipynb #72142639
+_SWITCH, _TEXT, _WHOLE = 'true or false, without quotes', 'text', 'a whole number'
+_LIST, _MAPPING, _CODE = 'a list [a, b]', 'a mapping {key: value}', 'text or a number; words that YAML takes for true and false are quoted'
+_AMOUNT = 'a number'
+_TYPES: dict[str, tuple[type, ...]] = {_SWITCH: (bool,), _TEXT: (str,), _WHOLE: (int,), _LIST: (list, tuple), _MAPPING: (Mapping,),
+                                       _CODE: (str, int, float), _AMOUNT: (int, float)}
+_COLUMN_KEYS = {
+    'kind': _TEXT, 'role': _TEXT, 'unit': _TEXT, 'range': _LIST, 'hard': _LIST, 'levels': _LIST, 'closed': _SWITCH, 'special': _LIST,
+    'null': _SWITCH, 'temporal': _SWITCH, 'words': _MAPPING, 'group': _TEXT, 'note': _TEXT, 'bad': _CODE,
+}
+_CONTRACT_KEYS = {
+    'name': _CODE, 'columns': _MAPPING, 'title': _TEXT, 'version': _WHOLE, 'currency': _TEXT, 'split': _MAPPING, 'cv': _MAPPING,
+    'amount': _TEXT, 'value': _MAPPING, 'rare': _MAPPING, 'nulls': _LIST, 'features': _LIST, 'derived': _MAPPING, 'related': _LIST,
+}
+
+
+def _settings(where:str, given:Mapping[Any, Any], expected:Mapping[str, str], problems:list[str])->dict[str, Any]:
+    "The settings that are right, lists as tuples; what is wrong with the others is added to `problems`."
+    problems += _unknown_keys(where, given, expected)
+    known = {k: v for k, v in given.items() if k in expected and v is not None}
+    for key in [k for k, v in known.items() if not _fits(v, expected[k])]:
+        problems.append(f'{where}: {key} must be {expected[key]}; got {_SHORT.repr(known.pop(key))}.')
+    return {k: _frozen(v) for k, v in known.items()}
+
+# %% ../nbs/01_contract.ipynb #010fd6fd
+def _fits(value:Any, expected:str)->bool:
+    "Is a value of the expected type? True and false are no numbers, and a number is finite."
+    if isinstance(value, bool) or not isinstance(value, _TYPES[expected]):
+        return isinstance(value, bool) and expected == _SWITCH
+    return not isinstance(value, (int, float)) or abs(value) <= _LARGEST
 
 # %% ../nbs/01_contract.ipynb #1c227d18
 def _unknown_keys(where:str, given:Any, known:Any)->list[str]:
@@ -532,55 +601,109 @@ def _frozen(value:Any)->Any:
     "Lists as tuples, so that a contract cannot be changed by accident."
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/01_contract.ipynb #f99c9e9d
-def _parse_column(name:str, content:Any, problems:list[str])->Column:
+# %% ../nbs/01_contract.ipynb #62696e55
+def _parse_column(given:Any, content:Any, problems:list[str])->Column:
     "One column of the YAML; what is wrong with it is added to `problems`."
-    where, fields = f'column {name}', Column.__dataclass_fields__
+    name = str(given)
+    where = f'column {name}'
+    if not isinstance(given, (str, int)) or isinstance(given, bool):
+        problems.append(f'{where}: YAML does not read this name as text; put it in quotes.')
     if not isinstance(content, Mapping):
-        problems.append(f'{where}: expected settings such as {{kind: number}}, got {content!r}.')
+        problems.append(f'{where}: expected settings such as {{kind: number}}, got {_SHORT.repr(content)}.')
         return Column(name)
-    problems += _unknown_keys(where, content, fields)
-    known = {k: _frozen(v) for k, v in content.items() if k in fields and k != 'name' and v is not None}
+    known = _settings(where, content, _COLUMN_KEYS, problems)
     for key in ('levels', 'special'):
-        if not isinstance(known.get(key, ()), tuple) or any(isinstance(v, bool) for v in known.get(key, ())):
-            problems.append(f"{where}: {key} must be a list, and words that YAML takes for true and false ('Yes', 'No') must be quoted.")
-            known[key] = ()
+        if key in known:
+            known[key] = _codes_of(where, key, known[key], problems)
+    for key in ('range', 'hard'):
+        if key in known:
+            known[key] = _limits_of(where, key, known, problems)
     if known.get('kind') == 'flag':
         known.setdefault('levels', ('0', '1'))
     if 'levels' in known:
-        known['levels'] = tuple(str(v) for v in known['levels'])
+        known['levels'] = tuple(map(_text, known['levels']))
     if 'bad' in known:
         known['bad'] = _text(known['bad'])
     column = Column(name, **known)
     problems += _column_problems(column)
     return column
 
-# %% ../nbs/01_contract.ipynb #3c335ab2
+# %% ../nbs/01_contract.ipynb #4822a797
+def _codes_of(where:str, key:str, values:tuple[Any, ...], problems:list[str])->tuple[str | float, ...]:
+    "Levels or special codes; an unquoted date as text."
+    values = tuple(v.isoformat() if isinstance(v, dt.date) else v for v in values)
+    wrong = [v for v in values if not _fits(v, _CODE)]
+    if wrong:
+        problems.append(f"{where}: {key} must be a list of text and numbers, and words that YAML takes for true and false ('Yes', 'No') "
+                        f'must be quoted; got {_SHORT.repr(wrong[0])}.')
+    values = tuple(v for v in values if v not in wrong)
+    twice = sorted(t for t, n in Counter(map(_text, values)).items() if n > 1)
+    if twice:
+        problems.append(f'{where}: {key} names {listing(twice)} more than once.')
+    return values
+
+# %% ../nbs/01_contract.ipynb #2db47da4
+def _limits_of(where:str, key:str, known:Mapping[str, Any], problems:list[str])->Limits:
+    "The two ends of a range; those of a date in days."
+    limits, date = known[key], known.get('kind') == 'date'
+    try:
+        if len(limits) != 2:
+            raise ValueError
+        low, high = (None if v is None else (_date if date else _number)(v) for v in limits)
+        if low is not None and high is not None and low > high:
+            raise ValueError
+    except (ValueError, OverflowError):
+        like = 'such as [2020-01-01, null]' if date else 'such as [0, 100]'
+        problems.append(f'{where}: {key} must be [lowest, highest] {like}, with null for an open end; got {_SHORT.repr(list(limits))}.')
+        return None, None
+    return (low, high) if date else limits
+
+# %% ../nbs/01_contract.ipynb #baa67aa2
 def _column_problems(column:Column)->list[str]:
     "What is wrong with a column in itself."
     where, found = f'column {column.name}', []
     for key, value, options in (('kind', column.kind, KINDS), ('role', column.role, ROLES)):
         if value not in options:
             found.append(f"{where}: {key} '{value}' is not one of {', '.join(options)}.{suggest(value, options)}")
-    for key, limits in (('range', column.range), ('hard', column.hard)):
-        if len(limits) != 2 or any(isinstance(v, (str, bool)) for v in limits) or (None not in limits and limits[0] > limits[1]):  # type: ignore[operator]
-            found.append(f'{where}: {key} must be [lowest, highest] with null for an open end, got {list(limits)}.')
     if column.kind == 'flag' and len(column.levels) != 2:
         found.append(f'{where}: a flag has two levels, [no, yes]; got {list(column.levels)}.')
+    if column.closed and not column.levels:
+        found.append(f'{where}: closed needs the levels that are allowed.')
+    if column.kind in ('category', 'flag') and (column.range, column.hard) != ((None, None), (None, None)):
+        found.append(f'{where}: a {column.kind} has levels and no range.')
     if column.role == 'target' and column.bad is None:
         found.append(f'{where}: the target must say which value means default, for example bad: 1.')
+    if column.role != 'target' and column.bad is not None:
+        found.append(f'{where}: bad belongs to the target only.')
     if column.bad is not None and column.levels and column.bad not in column.known:
         found.append(f"{where}: bad '{column.bad}' is not one of its levels {listing(column.levels)}.")
+    found += [f'{where}: words must be text by language, such as {{en: Age, es: Edad}}; got {k!r}: {_SHORT.repr(v)}.'
+              for k, v in column.words.items() if not isinstance(k, str) or not isinstance(v, str)]
     return found
 
-# %% ../nbs/01_contract.ipynb #5a915a39
-_OPTIONS: dict[str, dict[str, Any]] = {
-    'split': {'by': ('random', 'time', 'order'), 'future': None, 'seed': None},
-    'cv': {'by': ('stratified', 'time'), 'folds': None, 'seed': None},
-    'rare': {'min_count': None},
+# %% ../nbs/01_contract.ipynb #559e7ed1
+_OPTIONS: dict[str, dict[str, tuple[str, float]]] = {  # what it must be, and at least
+    'split': {'by': (_TEXT, 0), 'future': (_AMOUNT, 0), 'seed': (_WHOLE, 0)},
+    'cv': {'by': (_TEXT, 0), 'folds': (_WHOLE, 2), 'seed': (_WHOLE, 0)},
+    'rare': {'min_count': (_WHOLE, 0)},
 }
+_BY = {'split': ('random', 'time', 'order'), 'cv': ('stratified', 'time')}
 
 
+def _option_problems(contract:Contract)->list[str]:
+    "What is wrong with the settings of the split, the folds and rare levels."
+    found: list[str] = []
+    for key, options in _OPTIONS.items():
+        given = _settings(key, getattr(contract, key), {k: kind for k, (kind, _) in options.items()}, found)
+        found += [f'{key}: {k} must be at least {options[k][1]}; got {v}.' for k, v in given.items() if k != 'by' and v < options[k][1]]
+        by = given.get('by')
+        if key in _BY and by not in _BY[key]:
+            found.append(f"{key}: by '{by}' is not one of {', '.join(_BY[key])}.{suggest(by, _BY[key])}")
+        if by == 'time' and contract.time is None:
+            found.append(f'{key}: by time needs a column with the role time.')
+    return found
+
+# %% ../nbs/01_contract.ipynb #1530733d
 def _contract_problems(contract:Contract)->list[str]:
     "What is wrong with the contract as a whole."
     found = []
@@ -588,29 +711,32 @@ def _contract_problems(contract:Contract)->list[str]:
         names = [c.name for c in contract.columns.values() if c.role == role]
         if len(names) > 1:
             found.append(f'more than one column has the role {role}: {listing(names)}; keep one.')
-    for key, options in _OPTIONS.items():
-        given = getattr(contract, key)
-        found += _unknown_keys(key, given, options)
-        if options.get('by') and given.get('by') not in options['by']:
-            found.append(f"{key}: by '{given.get('by')}' is not one of {', '.join(options['by'])}.{suggest(given.get('by'), options['by'])}")
-        if given.get('by') == 'time' and contract.time is None:
-            found.append(f'{key}: by time needs a column with the role time.')
-    if contract.amount is not None and contract.amount not in contract.columns:
+    amount = contract.columns.get(contract.amount or '')
+    if contract.amount is not None and amount is None:
         found.append(f"amount: there is no column '{contract.amount}'.{suggest(contract.amount, contract.columns)}")
+    if amount and (amount.kind not in ('number', 'integer') or amount.role == 'target'):
+        found.append(f'amount: column {amount.name} must be a number, and not the target.')
     if not contract.feature_columns:
         found.append('no column has the role feature.')
-    return found + _value_problems(contract.value)
+    for key, expected in (('features', _TEXT), ('related', _MAPPING)):
+        found += [f'{key}: expected {expected}, got {_SHORT.repr(v)}.' for v in getattr(contract, key) if not _fits(v, expected)]
+    found += [f'derived: {k!r} must be a name with an expression as text; got {_SHORT.repr(v)}.' for k, v in contract.derived.items()
+              if not isinstance(k, str) or not isinstance(v, str)]
+    return found + _option_problems(contract) + _value_problems(contract.value)
 
-# %% ../nbs/01_contract.ipynb #66c80eff
+# %% ../nbs/01_contract.ipynb #7a0cb408
 def _value_problems(value:Mapping[str, Mapping[str, float]])->list[str]:
     "What is wrong with the value matrix."
     if not value:
-        return ['value: the money at stake is missing; for example approve: {good: 0.1, bad: -0.5}, refer: {good: 0.08, bad: -0.3, fixed: -20}, '
-                'decline: {good: 0, bad: 0}, each per unit of the amount.']
+        return ['value: the money at stake is missing; for example approve: {good: 0.1, bad: -0.5}, '
+                'refer: {good: 0.08, bad: -0.3, fixed: -20}, decline: {good: 0, bad: 0}, each per unit of the amount.']
     found = _unknown_keys('value', value, DECISIONS)
     found += [f'value: the decision {d} is missing.' for d in DECISIONS if d not in value]
     for decision, row in value.items():
+        if not isinstance(row, Mapping):
+            found.append(f'value {decision}: expected {{good: 0.1, bad: -0.5}}, got {_SHORT.repr(row)}.')
+            continue
         found += _unknown_keys(f'value {decision}', row, ('good', 'bad', 'fixed'))
         found += [f'value {decision}: {k} is missing.' for k in ('good', 'bad') if k not in row]
-        found += [f'value {decision}: {k} must be a number, got {v!r}.' for k, v in row.items() if isinstance(v, (bool, str))]
+        found += [f'value {decision}: {k} must be a number, got {_SHORT.repr(v)}.' for k, v in row.items() if not _fits(v, _AMOUNT)]
     return found

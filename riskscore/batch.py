@@ -159,7 +159,7 @@ def _ahead(
             coming = thread.submit(next, iterator, None)
             yield item
 
-# %% ../nbs/30_batch.ipynb #66c0b1e1
+# %% ../nbs/30_batch.ipynb #ef96c924
 @dataclass
 class BatchRun:
     "What happened to one file."
@@ -182,8 +182,13 @@ class BatchRun:
 
     @property
     def rejected(self) -> int:
-        "Rows that were set aside."
+        "How many rows were set aside."
         return self.rows - self.scored
+
+    @property
+    def rejected_out(self) -> Path:
+        "Where they are listed."
+        return rejected_path(self.out)
 
     def count(self, batch: Batch, answers: Frame) -> None:
         "Adds a batch to the totals."

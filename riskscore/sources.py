@@ -208,8 +208,8 @@ def _only_member(archive:zipfile.ZipFile, file:str)->str:
                         'Unpack it and name the file you mean.')
     return tables[0]
 
-# %% ../nbs/20_sources.ipynb #30b49acb
-_BLOCK_BYTES = 1 << 20
+# %% ../nbs/20_sources.ipynb #b24d6376
+_BLOCK_BYTES = 1 << 18
 _MAX_RAGGED = 1000
 
 
@@ -338,7 +338,7 @@ def _cell_column(cells:Sequence[Any])->pa.Array:
         return column_from_numpy(moments.astype(np.int64), null, pa.timestamp('us'))
     return column_from_text([None if c == '' else _cell_text(c) for c in cells])
 
-# %% ../nbs/20_sources.ipynb #132d49fb
+# %% ../nbs/20_sources.ipynb #79791c94
 _FAULTS = {
     'Truncated': 'is cut short: the compressed data ends too early. Copy or download it again.',
     'end-of-stream': 'is cut short: the compressed data ends too early. Copy or download it again.',
@@ -347,7 +347,7 @@ _FAULTS = {
     'Bad CRC': 'is damaged. Copy or download it again.',
     'not a zip file': 'is damaged or is no zip file (Excel files are zip files too). Copy or download it again.',
     'encrypted': 'is encrypted. Unpack it first.',
-    'straddl': 'has a line longer than 1 MB: most likely a quote (") that is never closed.',
+    'straddl': 'has a line longer than 256 KB: most likely a quote (") that is never closed.',
     'Parquet magic': 'is cut short or is not a Parquet file. Copy or download it again.',
     'Parquet file size': 'is cut short or is not a Parquet file. Copy or download it again.',
 }

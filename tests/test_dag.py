@@ -42,6 +42,7 @@ def pipeline(tmp_path, monkeypatch) -> Path:
                      f"params: {{code: {{dotted_path: 'riskscore.dag::code_digest', notebook: nbs/{name}.ipynb}}}}}}")
     (tmp_path / 'pipeline.yaml').write_text('\n'.join(lines) + '\n')
     monkeypatch.setenv('PYTHONPATH', f'{ROOT / "tests/blocked"}{os.pathsep}{ROOT}')
+    monkeypatch.chdir(tmp_path) # Ploomber looks for env.yaml here
     monkeypatch.setenv('BLOCKED_LOG', str(tmp_path / 'blocked.log'))
     for name in ('PLOOMBER_STATS_ENABLED', 'PLOOMBER_VERSION_CHECK_DISABLED', 'MLFLOW_DISABLE_TELEMETRY', 'DO_NOT_TRACK', 'CI'):
         monkeypatch.delenv(name, raising=False) # a new user has none of them

@@ -29,21 +29,25 @@ COLUMNS = {
 def small_contract(**changes) -> Contract:
     "The contract; named columns may be given other settings."
     columns = {name: settings | changes.get(name, {}) for name, settings in COLUMNS.items()}
-    return parse_contract({'name': 'small', 'currency': 'EUR', 'amount': 'amount', 'value': VALUE, 'rare': {'min_count': 5}, 'columns': columns,
-                           'derived': {'burden': 'amount / income', 'nurse': "job == 'nurse'", 'month': 'month(asked_on)', 'no_tenure': 'isnull(tenure)'}})
+    derived = {'burden': 'amount / income', 'nurse': "job == 'nurse'", 'month': 'month(asked_on)', 'no_tenure': 'isnull(tenure)'}
+    return parse_contract({'name': 'small', 'currency': 'EUR', 'amount': 'amount', 'value': VALUE, 'rare': {'min_count': 5},
+                           'columns': columns, 'derived': derived})
 
 
 def applications(rows: int, seed: int = 0, target: bool = True) -> dict[str, list]:
     "Raw applications as they stand in a file, with nulls and special codes."
     rng = np.random.default_rng(seed)
-    some = lambda values, null: [None if n else v for v, n in zip(values, rng.random(rows) < null)]  # noqa: E731
+
+    def some(values, null):
+        return [None if n else v for v, n in zip(values, rng.random(rows) < null, strict=True)]
+
     income = rng.uniform(10, 5000, rows).round(2)
     raw = {
         'app': [f'A{i:06d}' for i in range(1, rows + 1)],
-        'asked_on': [f'2026-{m:02d}-{d:02d}' for m, d in zip(rng.integers(1, 13, rows), rng.integers(1, 29, rows))],
+        'asked_on': [f'2026-{m:02d}-{d:02d}' for m, d in zip(rng.integers(1, 13, rows), rng.integers(1, 29, rows), strict=True)],
         'amount': rng.uniform(100, 1000, rows).round(2).tolist(),
         'income': some(income.tolist(), 0.1),
-        'tenure': [999 if r < 0.1 else int(t) for r, t in zip(rng.random(rows), rng.integers(0, 40, rows))],
+        'tenure': [999 if r < 0.1 else int(t) for r, t in zip(rng.random(rows), rng.integers(0, 40, rows), strict=True)],
         'job': some(rng.choice(['clerk', 'nurse', 'pilot'], rows).tolist(), 0.05),
         'channel': rng.choice(['web', 'shop'], rows).tolist(),
         'owner': some(rng.choice(['N', 'Y'], rows).tolist(), 0.02),
@@ -62,7 +66,8 @@ def small_bundle(folder: Path, trees: int = 20, contract: Contract | None = None
     data = lgb.Dataset(plan.frame(typed), typed['bad'], categorical_feature=plan.categorical, params={'verbosity': -1})
     booster = lgb.train({'objective': 'binary', 'num_leaves': 7, 'verbosity': -1, 'num_threads': 1, 'seed': 1}, data, trees)
     policy = Policy(0.2, 0.5, contract.value, contract.currency, contract.amount)
-    path = write_bundle(folder / 'models', booster.model_to_string(), plan, Calibration(-0.1, 1.1), policy, contract, {'rows': 600}, {'seconds': 0.5})
+    path = write_bundle(folder / 'models', booster.model_to_string(), plan, Calibration(-0.1, 1.1), policy, contract,
+                        {'rows': 600}, {'seconds': 0.5})
     write_pointer(folder / 'champion.json', path)
     return path
 

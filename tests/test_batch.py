@@ -89,7 +89,7 @@ def test_batch_equals_record_equals_frame_bit_for_bit(scorer, tmp_path, name, ou
 
 
 odd = st.one_of(st.none(), st.floats(-1e6, 1e6).map(lambda v: round(v, 3)), st.sampled_from([999, 0, -1, 1e308, 99, 1000.5]))
-odd_text = st.one_of(st.none(), st.sampled_from(['clerk', 'nurse', 'pilot', 'web', 'shop', 'N', 'Y', '=1+1', 'münchen', ' x', '1', 'a"b', 'a,b']))
+odd_text = st.one_of(st.none(), st.sampled_from(['clerk', 'nurse', 'pilot', 'web', 'shop', 'N', 'Y', '=1+1', 'münchen', ' x', '1', 'a"b,']))
 odd_row = st.fixed_dictionaries({'amount': odd, 'income': odd, 'tenure': odd, 'job': odd_text, 'channel': odd_text, 'owner': odd_text,
                                  'asked_on': st.one_of(st.none(), st.sampled_from(['2026-02-03', '1999-12-31', 'soon', '2026-13-01']))})
 
@@ -300,8 +300,9 @@ def test_an_interrupted_run_leaves_nothing_and_the_earlier_answers(scorer, tmp_p
 def test_a_killed_run_shows_no_answers(tmp_path, scorer):
     bundle = small_bundle(tmp_path / 'bundle')
     path = write_csv(tmp_path / 'in.csv', applications(40_000))
-    code = ('import os, sys, signal\nfrom riskscore.batch import score_batch\n'
-            f'score_batch({str(path)!r}, {str(bundle)!r}, {str(tmp_path / "out.csv")!r}, progress=lambda n: os.kill(os.getpid(), signal.SIGKILL))')
+    code = ('import os, signal\nfrom riskscore.batch import score_batch\n'
+            f'score_batch({str(path)!r}, {str(bundle)!r}, {str(tmp_path / "out.csv")!r}, '
+            'progress=lambda n: os.kill(os.getpid(), signal.SIGKILL))')
     done = subprocess.run([sys.executable, '-W', 'ignore', '-c', code], capture_output=True)
     assert done.returncode == -signal.SIGKILL
     assert not (tmp_path / 'out.csv').exists() and not rejected_path(tmp_path / 'out.csv').exists()
@@ -386,7 +387,8 @@ def test_expected_and_realised_value_agree_on_average(scorer):
     rng = np.random.default_rng(1)
     pd, amount = rng.uniform(0, 0.6, 20_000), rng.uniform(100, 1000, 20_000)
     decision = scorer.policy.decide(pd)
-    scored = {'row': np.arange(20_000), 'pd': pd, 'amount': amount, 'decision': decision, 'outcome': (rng.random(20_000) < pd).astype(float)}
+    outcome = (rng.random(20_000) < pd).astype(float)
+    scored = {'row': np.arange(20_000), 'pd': pd, 'amount': amount, 'decision': decision, 'outcome': outcome}
     totals = value_totals(business_value(scored, scorer.contract))
     spread = 0.6 * np.sqrt((amount[decision != 'decline']**2).sum()) / 2
     assert abs(totals['realised_value'][-1] - totals['expected_value'][-1]) < 3 * spread

@@ -1,4 +1,5 @@
 """Bundles: same inputs give the same bytes, a changed byte is refused, loading runs no code, one record scores as a table does."""
+import hashlib
 import io
 import json
 import os
@@ -79,7 +80,6 @@ def test_a_manifest_made_to_fit_a_changed_file_is_refused_through_the_pointer(bu
     policy = json.loads((copy / 'policy.json').read_text())
     (copy / 'policy.json').write_text(json.dumps(policy | {'approve_below': 1.0}))
     manifest = json.loads((copy / 'manifest.json').read_text())
-    import hashlib
     manifest['files']['policy.json'] = hashlib.sha256((copy / 'policy.json').read_bytes()).hexdigest()
     (copy / 'manifest.json').write_text(json.dumps(manifest))
     with pytest.raises(RiskError, match='manifest.json'):

@@ -62,15 +62,12 @@ def _progress(
     with tqdm(desc=what, unit=' rows', unit_scale=True, leave=False) as bar:
         yield lambda rows: bar.update(rows - bar.n)
 
-# %% ../nbs/51_cli.ipynb #08136b72
+# %% ../nbs/51_cli.ipynb #2507cc77
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 @click.version_option(__version__, prog_name='riskscore')
 def main()->None: # the entry point
     "Credit-risk scoring: data contracts, batch scores, example data. The pipeline itself is `ploomber build`."
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of LightGBM that wait leave the processor to the reader
-
-
-test_eq(CliRunner().invoke(main, ['--version']).output, f'riskscore, version {__version__}\n')
 
 # %% ../nbs/51_cli.ipynb #5b84fc6f
 @main.group('contract')

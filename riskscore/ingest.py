@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_related', 'Findings', 'check_source', 'ingest']
 
-# %% ../nbs/22_ingest.ipynb #19927c0a
+# %% ../nbs/22_ingest.ipynb #4b886046
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,10 +20,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from .contract import ROWS_NAMED, Column, Contract, Violation
+from .contract import ROWS_NAMED, RULES, Column, Contract, Violation
 from .core import RiskError, atomic_path, canonical_json, digest_bytes, digest_file, listing, suggest, write_text
 from .datasets import Batch, Join, read_column, read_frames, read_ids, stored_batch, table_schema, table_writer
-from .sources import RawBatch, column_from_text, read_raw, resolve_source, source_files
+from .sources import RawBatch, column_from_mask, column_from_text, read_raw, resolve_source, source_files
 
 # %% ../nbs/22_ingest.ipynb #0480bf4a
 _STATS = ('count', 'mean', 'max', 'min', 'sum')
@@ -348,16 +348,17 @@ def check_source(
         findings.problems.append(f'{source} holds no rows of data.')
     return findings
 
-# %% ../nbs/22_ingest.ipynb #5303b2b0
+# %% ../nbs/22_ingest.ipynb #0b1899a6
 def ingest(
     source:str|Path, # a file, a folder of partitions, or a pattern
     contract:Contract, # what is expected
-    out:str|Path, # the Parquet file to write; contract.json and rejects.csv go beside it
+    out:str|Path, # the Parquet file to write; rejects.csv goes beside it
     *,
     bad_rows:str='refuse', # rows that break a hard rule: refuse the table, or set_aside
     related:str|Path|None=None, # folder of related tables that the contract names
+    contract_out:str|Path|None=None, # the effective contract; None for contract.json beside the table
     progress:Callable[[int], Any]|None=None, # is told how many rows were read
-)->dict[str, Any]: # what came in, as plain types for a report; see below
+)->dict[str, Any]: # what came in, as plain types for a report: rows, bad_rate, null_shares, findings, digests, ...
     "Streams a source to a typed table; one RiskError lists everything that is wrong with it."
     if bad_rows not in ('refuse', 'set_aside'):
         raise RiskError(f"bad_rows must be refuse or set_aside, got '{bad_rows}'.{suggest(bad_rows, ('refuse', 'set_aside'))}")
@@ -375,10 +376,10 @@ def ingest(
         _refuse(findings, effective, source, aside)
     if not aside:
         rejects.unlink(missing_ok=True)  # of an earlier run
-    write_text(out.with_name('contract.json'), canonical_json(effective.to_dict()))
+    write_text(contract_out or out.with_name('contract.json'), canonical_json(effective.to_dict()))
     return _summary(findings, effective, source, out)
 
-# %% ../nbs/22_ingest.ipynb #5565a727
+# %% ../nbs/22_ingest.ipynb #342ee075
 def _store(job:_Pass, table:Path, rejected:Path|None, drop:npt.NDArray[np.int64]|None=None)->tuple[Findings, npt.NDArray[np.int64]]:
     "Writes the good rows to a table and the bad ones to a file of rejects."
     with ExitStack() as files:
@@ -387,16 +388,11 @@ def _store(job:_Pass, table:Path, rejected:Path|None, drop:npt.NDArray[np.int64]
 
         def handle(batch: Batch) -> None:
             stored = stored_batch(batch, job.contract)
-            rows.write(stored.filter(_mask(~batch.bad_rows)) if batch.reasons else stored)
+            rows.write(stored.filter(column_from_mask(~batch.bad_rows)) if batch.reasons else stored)
             if rejects and (batch.reasons or batch.ragged):
                 rejects.write_batch(_reject_batch(batch, job.contract))
 
         return _scan(job, handle, drop)
-
-# %% ../nbs/22_ingest.ipynb #924e647b
-def _mask(keep:npt.NDArray[np.bool_])->pa.Array:
-    "Booleans as Arrow."
-    return pa.Array.from_buffers(pa.bool_(), len(keep), [None, pa.py_buffer(np.packbits(keep, bitorder='little'))])
 
 # %% ../nbs/22_ingest.ipynb #4da51cd2
 def _reject_writer(path:Path, contract:Contract)->pyarrow.csv.CSVWriter:
@@ -405,10 +401,10 @@ def _reject_writer(path:Path, contract:Contract)->pyarrow.csv.CSVWriter:
     options = pyarrow.csv.WriteOptions(quoting_style='needed')
     return pyarrow.csv.CSVWriter(path, pa.schema([(n, pa.string()) for n in names]), write_options=options)
 
-# %% ../nbs/22_ingest.ipynb #5724751c
+# %% ../nbs/22_ingest.ipynb #42d41c08
 def _reject_batch(batch:Batch, contract:Contract)->pa.RecordBatch:
     "The bad rows of a batch with the reason, as text; lines that are no rows have only the reason."
-    bad, given = batch.raw.filter(_mask(batch.bad_rows)), set(batch.raw.schema.names)
+    bad, given = batch.raw.filter(column_from_mask(batch.bad_rows)), set(batch.raw.schema.names)
     rows = [(str(n), '; '.join(batch.reasons[i])) for i, n in enumerate(batch.rows.tolist()) if i in batch.reasons]
     rows += [(str(n), text) for n, text in batch.ragged]
     nothing = pa.nulls(len(batch.ragged), pa.string())
@@ -434,15 +430,16 @@ def _refuse(findings:Findings, contract:Contract, source:str|Path, aside:bool)->
         advice = '' if aside else ' or leave bad rows out with bad_rows: set_aside'
         raise RiskError(f'{source} does not fit the contract {contract.name}. Correct the data or the contract{advice}:', problems)
 
-# %% ../nbs/22_ingest.ipynb #a4ac6506
+# %% ../nbs/22_ingest.ipynb #c8dc5c6f
 def _summary(findings:Findings, contract:Contract, source:str|Path, out:Path)->dict[str, Any]:
     "What came in."
-    soft = [{'file': f, 'column': v.column, 'rule': v.rule, 'count': v.count, 'message': v.message}
-            for (f, _, _), v in findings.violations.items() if v.severity == 'soft']
+    found = [v for v in findings.violations.values() if v.rule not in ('unknown', 'missing')]
     return {
         'rows': findings.kept, 'columns': len(contract.columns), 'bad': findings.bad, 'bad_rate': findings.bad / findings.kept,
         'set_aside': findings.rows - findings.kept, 'files': findings.files,
         'null_shares': {name: count / findings.kept for name, count in findings.nulls.items()},
-        'soft': soft, 'hard': findings.hard,
+        'findings': {'column': [v.column for v in found], 'finding': [RULES[v.rule] for v in found],
+                     'severity': [v.severity for v in found], 'count': [v.count for v in found],
+                     'example': [v.example for v in found], 'expected': [v.expected for v in found]},
         'source_digest': digest_bytes(canonical_json([(p.name, digest_file(p)) for p in source_files(source)]).encode()),
         'table_digest': digest_file(out), 'contract_digest': contract.digest}

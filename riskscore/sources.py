@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'SYNTHETIC', 'resolve_source', 'source_files', 'source_fingerprint', 'RawBatch', 'column_from_numpy',
-           'column_from_text', 'read_raw', 'download_home_credit']
+           'column_from_text', 'column_from_mask', 'read_raw', 'download_home_credit']
 
 # %% ../nbs/20_sources.ipynb #8ab1a927
 import codecs
@@ -132,6 +132,13 @@ def column_from_text(
     column = pa.Array.from_buffers(pa.large_string(), len(parts), [bitmap, pa.py_buffer(ends), pa.py_buffer(b''.join(parts))])
     return column.cast(pa.string())
 
+# %% ../nbs/20_sources.ipynb #6d9181c2
+def column_from_mask(
+    mask:npt.NDArray[np.bool_], # (rows,)
+)->pa.Array: # (rows,) booleans, to filter a batch with
+    "An Arrow column of booleans, without importing pandas."
+    return pa.Array.from_buffers(pa.bool_(), len(mask), [None, pa.py_buffer(np.packbits(mask, bitorder='little'))])
+
 # %% ../nbs/20_sources.ipynb #04c75cb4
 _DELIMITERS = ',;\t|'
 _HEAD_BYTES = 1 << 18
@@ -208,7 +215,7 @@ def _only_member(archive:zipfile.ZipFile, file:str)->str:
                         'Unpack it and name the file you mean.')
     return tables[0]
 
-# %% ../nbs/20_sources.ipynb #b24d6376
+# %% ../nbs/20_sources.ipynb #18769fd0
 _BLOCK_BYTES = 1 << 18
 _MAX_RAGGED = 1000
 
@@ -221,7 +228,7 @@ def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str])->Iterator[RawBatch
         _open_bytes(path),
         pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=layout.names, skip_rows=layout.header_lines),
         pyarrow.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=ragged.keep),
-        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(layout.names, pa.string()), null_values=list(nulls), strings_can_be_null=True))
+        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(layout.names, pa.string()), null_values=nulls, strings_can_be_null=True))
     done = 0
     for table in _regroup(reader, batch_rows):
         rows = ragged.numbers(done, table.num_rows)

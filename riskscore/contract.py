@@ -449,7 +449,7 @@ def _row_count(raw:Mapping[str, Any])->int:
         raise RiskError(f'A table has columns of one length; the longest here has {max(rows.values()):,} rows:', wrong)
     return max(rows.values(), default=0)
 
-# %% ../nbs/01_contract.ipynb #adeabf22
+# %% ../nbs/01_contract.ipynb #6057f1a0
 def check_record(
     contract:Contract, # what is expected
     record:Mapping[str, Any], # field name to raw value; a field that may be null may be left out
@@ -464,7 +464,7 @@ def check_record(
         typed[column.name] = value
         if rule and not (rule == 'null' and column.name not in record):
             severity = 'soft' if rule in SOFT else 'hard'
-            example = '' if rule == 'null' else _example(column, record[column.name])
+            example = '' if rule == 'null' else _example(column, record[column.name] if rule in ('type', 'level') else value)
             violations.append(Violation(column.name, rule, severity, 1, (), example, _expected(column, rule)))
     return typed, violations
 

@@ -8,15 +8,15 @@ __all__ = ['Operand', 'LEAVES', 'MAX_NODES', 'MAX_DEPTH', 'log', 'log1p', 'exp',
            'total', 'std', 'year', 'month', 'day', 'weekday', 'parse', 'trace', 'from_json', 'Program',
            'compile_program']
 
-# %% ../nbs/02_expressions.ipynb #27f76635
+# %% ../nbs/02_expressions.ipynb #d19f3da6
 import ast
 import inspect
 import json
 import reprlib
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cached_property, reduce
+from dataclasses import dataclass, field
+from functools import reduce
 from itertools import repeat
 from typing import Any, Union
 
@@ -45,19 +45,28 @@ def _arithmetic(op:str, swapped:bool=False)->Callable[..., Any]:
         return Expr(op, pair[::-1] if swapped else pair)
     return combine
 
-# %% ../nbs/02_expressions.ipynb #1737fd3c
+# %% ../nbs/02_expressions.ipynb #b68add4b
 @dataclass(frozen=True, eq=False)
 class Expr:
     "A node of an expression: an operation and what it works on."
 
     op: str
     args: tuple[Any, ...] = ()
+    size: int = field(init=False, repr=False)  # nodes of the tree, shared ones counted each time
+    depth: int = field(init=False, repr=False)  # levels of the tree
+    key: tuple[Any, ...] = field(init=False, repr=False)  # the tree as nested tuples: equal for equal trees
+    columns: frozenset[str] = field(init=False, repr=False)  # names of the columns it reads
 
     def __post_init__(self) -> None:
-        if self.size > MAX_NODES or self.depth > MAX_DEPTH:
-            raise RiskError(f'An expression may have {MAX_NODES:,} operations, {MAX_DEPTH} deep; this one has {self.size:,}, '
-                            f'{self.depth} deep. Write it in fewer steps.')
-        _ = self.key, self.columns  # remembered bottom-up, so that a deep tree needs no deep recursion
+        "Remembers what is asked often; from the leaves up, so that a deep tree needs no deep recursion."
+        operands = [a for a in self.args if isinstance(a, Expr)]
+        size, depth = 1 + sum(o.size for o in operands), 1 + max((o.depth for o in operands), default=0)
+        if size > MAX_NODES or depth > MAX_DEPTH:
+            raise RiskError(f'An expression may have {MAX_NODES:,} operations, {MAX_DEPTH} deep; this one has {size:,}, '
+                            f'{depth} deep. Write it in fewer steps.')
+        leaf = self.args[:1] if self.op in LEAVES and self.op != 'number' else ()
+        self.__dict__.update(size=size, depth=depth, columns=frozenset(leaf).union(*(o.columns for o in operands)),
+                             key=(self.op, *(a.key if isinstance(a, Expr) else a for a in self.args)))
 
     __add__, __radd__ = _arithmetic('add'), _arithmetic('add', swapped=True)
     __sub__, __rsub__ = _arithmetic('sub'), _arithmetic('sub', swapped=True)
@@ -75,28 +84,6 @@ class Expr:
 
     def __bool__(self) -> bool:
         raise RiskError('A feature has no truth value while it is declared: write where(condition, a, b) instead of `if`, `and`, `or`.')
-
-    @cached_property
-    def size(self) -> int:
-        "Number of nodes of the tree, shared ones counted each time."
-        return 1 + sum(a.size for a in self.args if isinstance(a, Expr))
-
-    @cached_property
-    def depth(self) -> int:
-        "Number of levels of the tree."
-        return 1 + max((a.depth for a in self.args if isinstance(a, Expr)), default=0)
-
-    @cached_property
-    def key(self) -> tuple[Any, ...]:
-        "The tree as nested tuples: equal for equal trees."
-        return (self.op, *(a.key if isinstance(a, Expr) else a for a in self.args))
-
-    @cached_property
-    def columns(self) -> frozenset[str]:
-        "Names of the columns it reads."
-        if self.op in LEAVES:
-            return frozenset(self.args[:1]) if self.op != 'number' else frozenset()
-        return frozenset().union(*(a.columns for a in self.args))
 
     def to_json(self) -> list[Any]:
         "Nested lists of text and numbers."
@@ -248,7 +235,7 @@ def weekday(
     shifted = floor(date) + 3
     return shifted - 7 * floor(shifted / 7)
 
-# %% ../nbs/02_expressions.ipynb #f8b44360
+# %% ../nbs/02_expressions.ipynb #40c00997
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     'abs': _unary('abs'), 'log': log, 'log1p': log1p, 'exp': exp, 'sqrt': sqrt, 'floor': floor, 'isnull': isnull, 'where': where,
     'coalesce': coalesce, 'min': minimum, 'max': maximum, 'count': count, 'mean': mean, 'sum': total, 'std': std,
@@ -270,8 +257,8 @@ def parse(
             raise RiskError(f'it is longer than {MAX_LENGTH:,} characters')
         return as_expr(_convert(ast.parse(text.strip(), mode='eval').body))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
-        raise RiskError(f'Cannot read the expression "{str(text)[:100]}": {error}. Allowed are numbers, columns, + - * /, comparisons, '
-                        f'column == "level", col("name") and {", ".join(FUNCTIONS)}.') from error
+        raise RiskError(f'Cannot read the expression "{str(text)[:100]}": {str(error).rstrip(".")}. Allowed are numbers, columns, + - * /, '
+                        f'comparisons, column == "level", col("name") and {", ".join(FUNCTIONS)}.') from error
 
 # %% ../nbs/02_expressions.ipynb #29c8f806
 def _convert(node:ast.AST)->Operand:

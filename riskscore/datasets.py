@@ -179,7 +179,7 @@ def _parse_number(text:Any, nulls:Collection[Any])->Any:
         return text
     return float(text) if _NUMBER.fullmatch(text) else None if text.strip() in nulls else text
 
-# %% ../nbs/21_datasets.ipynb #beadcb9f
+# %% ../nbs/21_datasets.ipynb #2444bdd3
 def _parse_level(text:Any, column:Column, nulls:Collection[Any])->Any:
     "The level that a text writes: `1.0` stands for a known level `1`."
     if not isinstance(text, str) or text in column.known:
@@ -187,7 +187,7 @@ def _parse_level(text:Any, column:Column, nulls:Collection[Any])->Any:
     if text in nulls:
         return None
     whole = re.fullmatch(r'(-?\d+)\.0+', text)
-    return whole[1] if whole and whole[1] in column.known else text
+    return whole[1] if whole and (whole[1] in column.known or whole[1] in column.codes) else text
 
 # %% ../nbs/21_datasets.ipynb #5e465339
 def _parse_date(text:Any, column:Column, nulls:Collection[Any])->Any:
@@ -206,7 +206,7 @@ def _is_text(array:pa.Array)->bool:
     kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
-# %% ../nbs/21_datasets.ipynb #afaebbd9
+# %% ../nbs/21_datasets.ipynb #9e8aacb6
 def _raw_values(
     array:pa.Array, # (rows,) as read from a file
     column:Column, # what the contract says
@@ -220,8 +220,7 @@ def _raw_values(
         try:
             return _floats(array), None
         except pa.ArrowInvalid:
-            words = {*nulls, *column.special}
-            return _objects([_parse_number(v, words) for v in array.to_pylist()]), None
+            return _objects([_parse_number(v, nulls) for v in array.to_pylist()]), None
     if column.kind == 'date' and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
         moments = array.cast(pa.timestamp('us'), safe=False)
         return np.where(_nulls(moments), np.datetime64('NaT', 'us'), _buffer(moments, 'datetime64[us]')), None
@@ -310,7 +309,7 @@ def _checked_batch(
                                     raw.ragged[0][1], f'{raw.table.num_columns} fields in every line'))
     return Batch(raw.file, raw.rows, violations, reasons, raw.ragged, raw.table, typed)
 
-# %% ../nbs/21_datasets.ipynb #8b8bbc25
+# %% ../nbs/21_datasets.ipynb #355532a9
 _Item = TypeVar('_Item')
 Join = Callable[[RawBatch], dict[str, npt.NDArray[np.float64]]]
 
@@ -324,7 +323,7 @@ def read_frames(
 )->Iterator[Batch]: # typed rows, what is wrong with them, and their numbers
     "Streams the rows of any source as typed frames; raises only when a file cannot be read."
     contract, file = _labelled(contract) if need_target else contract, None
-    for raw in _one_ahead(read_raw(source, batch_rows, contract.nulls)):
+    for raw in _one_ahead(read_raw(source, batch_rows, contract.nulls, contract.columns)):
         joined = join(raw) if join else {}
         batch = _checked_batch(contract, raw, joined)
         if raw.file != file:

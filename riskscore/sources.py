@@ -6,7 +6,7 @@
 __all__ = ['log', 'SYNTHETIC', 'resolve_source', 'source_files', 'source_fingerprint', 'RawBatch', 'column_from_numpy',
            'column_from_text', 'column_from_mask', 'read_raw', 'download_home_credit']
 
-# %% ../nbs/20_sources.ipynb #8ab1a927
+# %% ../nbs/20_sources.ipynb #8408ce29
 import codecs
 import csv
 import datetime as dt
@@ -18,7 +18,7 @@ import re
 import shutil
 import zipfile
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -153,13 +153,13 @@ class _Layout:
     header_lines: int  # physical lines before the first row of data
     decimal_comma: bool  # are numbers written 3,5?
 
-# %% ../nbs/20_sources.ipynb #eb087e8e
-def _layout(head:bytes, file:str)->_Layout:
+# %% ../nbs/20_sources.ipynb #b9813946
+def _layout(head:bytes, file:str, known:Collection[str]=())->_Layout:
     "Reads the header and the style of a text file from its first bytes."
     text = _head_text(head, file)
     delimiter = max(_DELIMITERS, key=lambda d: len(next((row for row in csv.reader(io.StringIO(text), delimiter=d) if row), [])))
     reader = csv.reader(io.StringIO(text), delimiter=delimiter)
-    names = tuple(name.strip() for name in next((row for row in reader if row), []))
+    names = _names(next((row for row in reader if row), []), known)
     if not names:
         raise RiskError(f'{file} is empty. Expected a header line with column names and one line for each application.')
     header_lines = reader.line_num
@@ -185,6 +185,11 @@ def _not_utf8(file:str, line:int, around:bytes)->RiskError:
     place = around.decode('latin-1').replace('\r', ' ').replace('\n', ' ')
     return RiskError(f'{file} is not UTF-8 text: line {line:,} holds bytes of another encoding, probably latin-1 (…{place}…). '
                      f'Save it as UTF-8, or convert it: iconv -f latin1 -t utf8 {file} > utf8.csv')
+
+# %% ../nbs/20_sources.ipynb #2dab36ed
+def _names(header:Iterable[str], known:Collection[str])->tuple[str, ...]:
+    "Column names without blanks around them, but for names that are known to have some."
+    return tuple(name if name in known else name.strip() for name in header)
 
 # %% ../nbs/20_sources.ipynb #82579d57
 def _check_names(names:Sequence[str], file:str)->None:
@@ -215,14 +220,14 @@ def _only_member(archive:zipfile.ZipFile, file:str)->str:
                         'Unpack it and name the file you mean.')
     return tables[0]
 
-# %% ../nbs/20_sources.ipynb #18769fd0
+# %% ../nbs/20_sources.ipynb #abd0e63d
 _BLOCK_BYTES = 1 << 18
 _MAX_RAGGED = 1000
 
 
-def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str])->Iterator[RawBatch]:
+def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str]=DEFAULT_NULLS, known:Collection[str]=())->Iterator[RawBatch]:
     "Rows of a text file as text."
-    layout, ragged = _layout(_open_bytes(path).read(_HEAD_BYTES), path.name), _Ragged(path.name)
+    layout, ragged = _layout(_open_bytes(path).read(_HEAD_BYTES), path.name, known), _Ragged(path.name)
     ragged.header_lines = layout.header_lines
     reader = pyarrow.csv.open_csv(
         _open_bytes(path),
@@ -288,8 +293,8 @@ def _decimal_points(table:pa.RecordBatch)->pa.RecordBatch:
     columns = [pc.replace_substring_regex(c, pattern=r'^\s*([+-]?\d+),(\d+)\s*$', replacement=r'\1.\2') for c in table.columns]
     return pa.RecordBatch.from_arrays(columns, names=table.schema.names)
 
-# %% ../nbs/20_sources.ipynb #37395631
-def _read_xlsx(path:Path, batch_rows:int)->Iterator[RawBatch]:
+# %% ../nbs/20_sources.ipynb #e489d029
+def _read_xlsx(path:Path, batch_rows:int, known:Collection[str]=())->Iterator[RawBatch]:
     "Rows of the first sheet of a workbook."
     import openpyxl  # only those who read Excel need it
 
@@ -299,14 +304,14 @@ def _read_xlsx(path:Path, batch_rows:int)->Iterator[RawBatch]:
             log.warning('%s has %d sheets; reading the first, %s', path.name, len(book.worksheets), book.worksheets[0].title)
         rows = book.worksheets[0].iter_rows(values_only=True)
         header = [_cell_text(c) or '' for c in next((r for r in rows if any(c is not None for c in r)), ())]
-        names = [name.strip() for name in header[:max((i for i, n in enumerate(header) if n), default=-1) + 1]]
+        names = _names(header[:max((i for i, n in enumerate(header) if n), default=-1) + 1], known)
         if not names:
             raise RiskError(f'{path.name} is empty. Expected a first sheet with a header row and one row for each application.')
         _check_names(names, path.name)
         numbered = ((i, r) for i, r in enumerate(rows, start=1) if any(c is not None for c in r))
         for group in _groups(numbered, batch_rows):
             cells = [[r[i] if i < len(r) else None for _, r in group] for i in range(len(names))]
-            table = pa.RecordBatch.from_arrays([_cell_column(c) for c in cells], names=names)
+            table = pa.RecordBatch.from_arrays([_cell_column(c) for c in cells], names=list(names))
             yield RawBatch(path.name, np.array([i for i, _ in group], dtype=np.int64), table)
     finally:
         book.close()
@@ -379,15 +384,16 @@ def _utf8_fault(path:Path)->RiskError:
             return _not_utf8(path.name, line, error.object[max(0, error.start - 20):error.start + 20])
     return _not_utf8(path.name, line, b'')
 
-# %% ../nbs/20_sources.ipynb #9c470298
+# %% ../nbs/20_sources.ipynb #4334d037
 def read_raw(
     source:str|Path, # a file, a folder of partitions, or a pattern
     batch_rows:int=16_384, # rows in memory at a time; a batch may hold up to twice as many
     nulls:Sequence[str]=DEFAULT_NULLS, # text that means null in text files
+    known:Collection[str]=(), # column names to take as they are; any other loses the blanks around it
 )->Iterator[RawBatch]: # rows of all files in the order of their names
     "Streams the rows of any source as they come."
     readers: dict[str | None, Callable[[Path], Iterator[RawBatch]]] = {
-        'csv': lambda path: _read_csv(path, batch_rows, nulls), 'xlsx': lambda path: _read_xlsx(path, batch_rows),
+        'csv': lambda path: _read_csv(path, batch_rows, nulls, known), 'xlsx': lambda path: _read_xlsx(path, batch_rows, known),
         'parquet': lambda path: _read_parquet(path, batch_rows)}
     for path in source_files(source):
         row = 0

@@ -150,7 +150,7 @@ def _numbers(array:pa.Array)->npt.NDArray[np.float64]|None:
         return None
     return numbers if np.isfinite(numbers[_valid(array)]).all() else None
 
-# %% ../nbs/25_infer.ipynb #1f0a3414
+# %% ../nbs/25_infer.ipynb #1530556c
 def _plain(
     array:pa.Array, # (rows,) a column of any type
 )->pa.Array: # (rows,) strings, float64, or timestamps in microseconds
@@ -167,15 +167,18 @@ def _plain(
         return pc.if_else(array, 'True', 'False')
     try:
         return array.cast(pa.float64() if pa.types.is_integer(kind) else pa.string())
-    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # integers beyond 2**53, or nested values
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # integers beyond 2**53, or bytes
         return column_from_text([None if v is None else str(v) for v in array.to_pylist()])
 
-# %% ../nbs/25_infer.ipynb #4952e3e0
+# %% ../nbs/25_infer.ipynb #cb43fabc
 def profile_batch(
     profile:ColumnProfile, # what is known so far; brought up to date
     array:pa.Array, # (rows,) the next values, of any type
 )->None: # nothing
     "Counts the values of one more batch."
+    if pa.types.is_nested(array.type):
+        raise RiskError(f"Column '{profile.name}' holds lists or records ({array.type}), but a contract knows single values only. "
+                        'Flatten it or leave it out.')
     array = _plain(array)
     profile.rows, profile.nulls = profile.rows + len(array), profile.nulls + array.null_count
     if pa.types.is_timestamp(array.type):
@@ -535,7 +538,7 @@ def _guess_text(guess:_Guess, profile:ColumnProfile, sample:Sequence[str])->_Gue
         guess.checks.append('some levels differ only in case or blanks')
     return guess
 
-# %% ../nbs/25_infer.ipynb #28e80204
+# %% ../nbs/25_infer.ipynb #52c45667
 def _guess_kind(
     profile:ColumnProfile, # what holds for all values
     parts:Sequence[pa.Array], # its sampled values
@@ -543,7 +546,8 @@ def _guess_kind(
     "Kind, limits and levels of a column."
     words = [t for t in profile.odd if t.strip().casefold() in _NULL_WORDS]
     nulls = words if sum(profile.odd[t] for t in words) == profile.texts else []
-    guess, values = _Guess(profile.name, {'kind': 'category'}, nulls=nulls), profile.values - (profile.texts if nulls else 0)
+    values = profile.values - (profile.texts if nulls else 0)
+    guess = _Guess(profile.name, {'kind': 'number' if profile.numbers == values else 'category'}, nulls=nulls)
     if not values:
         return guess.exclude('always empty')
     if profile.levels is not None and len(constant := _tidy_counts(profile, nulls)) == 1:
@@ -812,11 +816,11 @@ def _agenda(table:_Table, guesses:Sequence[_Guess], time:_Guess|None)->list[str]
         'words (en, es) and group, for the reasons that a customer is told']
     return [f'#   {i}. {item}' for i, item in enumerate(filter(None, items), start=1)]
 
-# %% ../nbs/25_infer.ipynb #5cb001eb
+# %% ../nbs/25_infer.ipynb #b694b37b
 def _draft(name:str, table:_Table, guesses:Sequence[_Guess])->str:
     "The text of a draft."
     time = next((g for g in guesses if g.role == 'time'), None)
-    money = [g for g in guesses if g.role == 'feature' and g.spec['kind'] in ('number', 'integer') and _stake(g.title) >= 3]
+    money = [g for g in guesses if g.role == 'feature' and g.spec['kind'] in ('number', 'integer') and _stake(g.title) >= 2]
     amount = max(money, key=lambda g: _stake(g.title)).name if money else None
     head = [
         f'# Draft of a contract, guessed from {listing(table.files, show=3)}: {table.rows:,} rows, {len(guesses)} columns.',
@@ -825,7 +829,7 @@ def _draft(name:str, table:_Table, guesses:Sequence[_Guess])->str:
     settings = _settings(name, table, guesses, time, amount)
     return '\n'.join([*head, *_agenda(table, guesses, time), *settings, *map(_column_line, guesses), ''])
 
-# %% ../nbs/25_infer.ipynb #5cd74c1b
+# %% ../nbs/25_infer.ipynb #0933be5e
 def infer_contract(
     source:str|Path, # a CSV, gzip, zip, Parquet or Excel file, a folder of partitions, or a pattern
     target:str, # column with the outcome
@@ -847,6 +851,8 @@ def infer_contract(
     if refused := _refused(source, _draft(name, table, guesses)):
         for guess in guesses:
             if guess.name in refused and guess.role != 'target':
+                numeric = table.profiles[guess.name].numbers == table.profiles[guess.name].values
+                guess.spec['kind'] = 'number' if numeric else 'category'
                 guess.exclude(refused[guess.name])
     return _draft(name, table, guesses)
 

@@ -98,13 +98,14 @@ def open_tracking(
             connection.rollback()
     return tracking
 
-# %% ../nbs/29_tracking.ipynb #cdd28bc9
+# %% ../nbs/29_tracking.ipynb #7120dcc8
 def _experiment(tracking:Tracking, name:str)->str:
     "The id of an experiment, made when it is not there."
     client = _client(tracking.uri)
     if found := client.get_experiment_by_name(name):
         return str(found.experiment_id)
-    made = str(client.create_experiment(name, artifact_location=tracking.artifacts.resolve().as_posix()))
+    kind = {'mlflow.experimentKind': 'custom_model_development'} # or the pages would open as those of a chat bot
+    made = str(client.create_experiment(name, artifact_location=tracking.artifacts.resolve().as_posix(), tags=kind))
     place = Path(os.path.relpath(tracking.artifacts))
     if '..' not in place.parts:
         with closing(sqlite3.connect(tracking.db, timeout=10)) as connection, connection:

@@ -392,7 +392,7 @@ def _rates_of_other_half(levels:npt.NDArray[Any], bad:npt.NDArray[np.bool_])->np
         rates[half == side] = [(bads[v] + 10 * overall) / (rows[v] + 10) for v in levels[half == side]]
     return rates
 
-# %% ../nbs/25_infer.ipynb #8d916b43
+# %% ../nbs/25_infer.ipynb #1c3815f5
 _NULL_WORDS = frozenset(t.strip() for t in """
     , -, --, ?, ., *, n/a, n.a., na, n/d, nd, s/d, sd, s/i, nan, none, null, nil, (null), <na>, missing, unknown, not available,
     desconocido, sin dato, sin datos, sin informacion, sin información, no aplica, inf, -inf, infinity, -infinity,
@@ -420,9 +420,13 @@ class _Guess:
         "Its role so far."
         return self.spec.get('role', 'feature')
 
+    def reduce(self, role: str) -> None:
+        "A role outside the model; of the settings only what reading needs is kept."
+        self.spec = {'kind': self.spec['kind'], 'role': role, **{k: v for k, v in self.spec.items() if k == 'note'}}
+
     def exclude(self, why: str) -> '_Guess':
-        "Out of the model, with a reason; only what may stay is kept of the settings."
-        self.spec = {'kind': self.spec['kind'], 'role': 'excluded'}
+        "Out of the model, with a reason."
+        self.reduce('excluded')
         self.checks = [why]
         return self
 
@@ -482,11 +486,11 @@ def _guess_limits(guess:_Guess, profile:ColumnProfile, sample:npt.NDArray[np.flo
     if profile.whole and 2 < len(levels) <= 12 and not _ORDER.search(guess.title):
         guess.checks.append(f'only {len(levels)} whole numbers; kind: category if they are codes')
 
-# %% ../nbs/25_infer.ipynb #909d92f8
+# %% ../nbs/25_infer.ipynb #c6afa4de
 def _unit(title:str)->str:
     "A unit of time that the name gives."
-    units = {'days': r'\b(days|dias)\b', 'months': r'\b(months|mths|meses)\b', 'years': r'\b(years|anos|anios|yrs)\b'}
-    return next((unit for unit, pattern in units.items() if re.search(pattern, title)), '')
+    units = {'days': 'days|dias', 'months': 'months|mths|meses', 'years': 'years|anos|anios|yrs'}
+    return next((unit for unit, words in units.items() if re.search(rf'(?<!\d )\b({words})\b', title)), '')
 
 # %% ../nbs/25_infer.ipynb #c5eb24a8
 def _shown(number:float)->str:
@@ -587,7 +591,7 @@ def _guess_role(guess:_Guess, parts:Sequence[pa.Array], bad:npt.NDArray[np.float
         _guess_leak(guess, values, known, bad)
     return guess
 
-# %% ../nbs/25_infer.ipynb #bea3a873
+# %% ../nbs/25_infer.ipynb #3121de83
 def _guess_leak(guess:_Guess, values:npt.NDArray[Any]|None, known:npt.NDArray[np.bool_], bad:npt.NDArray[np.float64])->None:
     "Does the column know the outcome, by its values, by its absence, or by its name?"
     labelled = ~np.isnan(bad)
@@ -599,12 +603,12 @@ def _guess_leak(guess:_Guess, values:npt.NDArray[Any]|None, known:npt.NDArray[np
         if figure and figure.value > _SUSPECT:
             interval = f'{kind}AUC {figure.value:.2f} ({figure.low:.2f} to {figure.high:.2f}) on its own'
             found.append((figure.value > _LEAKING and figure.low > _LEAKING_LOW, f'{interval}: was it known on the day of the decision?'))
-    if not found and _LEAK.search(guess.title):
-        past = bool(_PAST.search(guess.title))
-        found.append((not past, f'the name speaks of {"late payment in the past" if past else "what happens after the decision"} ({said}): '
-                                f'{"make sure that it is the past" if past else "a feature only if known on the day"}'))
+    if _LEAK.search(guess.title):
+        past, said = bool(_PAST.search(guess.title)), '' if found else f' ({said})'
+        found.append((not past, f'the name speaks of late payment in the past{said}: make sure that it is the past' if past
+                      else f'the name speaks of what happens after the decision{said}: a feature only if known on the day'))
     if any(leaks for leaks, _ in found):
-        guess.spec = {'kind': guess.spec['kind'], 'role': 'leak'}
+        guess.reduce('leak')
         guess.checks = []
     guess.checks += [text for _, text in found]
 
@@ -829,7 +833,7 @@ def _draft(name:str, table:_Table, guesses:Sequence[_Guess])->str:
     settings = _settings(name, table, guesses, time, amount)
     return '\n'.join([*head, *_agenda(table, guesses, time), *settings, *map(_column_line, guesses), ''])
 
-# %% ../nbs/25_infer.ipynb #0933be5e
+# %% ../nbs/25_infer.ipynb #efeb9617
 def infer_contract(
     source:str|Path, # a CSV, gzip, zip, Parquet or Excel file, a folder of partitions, or a pattern
     target:str, # column with the outcome
@@ -852,7 +856,7 @@ def infer_contract(
         for guess in guesses:
             if guess.name in refused and guess.role != 'target':
                 numeric = table.profiles[guess.name].numbers == table.profiles[guess.name].values
-                guess.spec['kind'] = 'number' if numeric else 'category'
+                guess.spec = {'kind': 'number' if numeric else 'category'}
                 guess.exclude(refused[guess.name])
     return _draft(name, table, guesses)
 

@@ -36,6 +36,10 @@ def violations(source: Path, contract: Contract) -> list[tuple[str, str, str]]:
     return [(v.column, v.rule, v.severity) for batch in read_frames(source, contract) for v in batch.violations]
 
 
+def by_role(contract: Contract, role: str) -> set[str]:
+    return {c.name for c in contract.columns.values() if c.role == role}
+
+
 def write_csv(path: Path, columns: dict[str, list]) -> Path:
     with open(path, 'w', newline='', encoding='utf-8') as file:
         writer = csv.writer(file)
@@ -53,7 +57,8 @@ WORDS = st.sampled_from([
 VALUES = {
     'codes': st.integers(0, 4), 'whole': st.integers(-10**6, 10**6), 'large': st.integers(-2**62, 2**62),
     'flag': st.sampled_from('NY'),
-    'number': st.floats(-1e9, 1e9, allow_nan=False).map(lambda v: f'{v:.6g}'), 'words': WORDS, 'mixed': st.one_of(st.integers(0, 99), WORDS),
+    'number': st.floats(-1e9, 1e9, allow_nan=False).map(lambda v: f'{v:.6g}'), 'words': WORDS,
+    'mixed': st.one_of(st.integers(0, 99), WORDS),
     'free': st.text(max_size=8).filter(lambda t: '\0' not in t), 'empty': st.just(''),
     'placeholder': st.sampled_from([999999, 1, 2, 3, 4, 5, 6, 7]),
     'iso': st.dates(dt.date(1950, 1, 1), dt.date(2050, 1, 1)).map(str),
@@ -161,6 +166,27 @@ def test_a_european_file(tmp_path):
     assert violations(tmp_path / 't.csv', contract) == []
 
 
+def test_what_was_written_after_the_decision_stays_out(tmp_path):
+    rng, rows = np.random.default_rng(5), 2_000
+    bad = rng.random(rows) < 0.1
+    amount = rng.integers(1_000, 30_000, rows)
+    months = np.array(['Jan-2015', 'Jul-2015', 'Mar-2016'])
+    table = {
+        'issue_d': months[rng.integers(0, 3, rows)], 'loan_amnt': amount, 'int_rate': [f'{v:.2f}%' for v in rng.uniform(5, 25, rows)],
+        'delinq_2yrs': rng.integers(0, 4, rows), 'number_of_times_past_due': rng.integers(0, 9, rows),
+        'fico': rng.normal(700 - 60 * bad, 40).round(),
+        'total_pymnt': (amount * np.where(bad, rng.uniform(0, 1.05, rows), 1.1)).round(2), 'recoveries': np.where(bad, 55.5, 0.0),
+        'last_pymnt_d': months[rng.integers(0, 3, rows)],
+        'agency': np.where(bad & (rng.random(rows) < 0.99), np.array(['Collectors Ltd', 'Cobros SA'])[rng.integers(0, 2, rows)], ''),
+        'loan_status': np.where(bad, 'Charged Off', np.where(rng.random(rows) < 0.5, 'Fully Paid', 'Current'))}
+    text, contract = inferred(write_csv(tmp_path / 't.csv', {n: list(v) for n, v in table.items()}), 'loan_status')
+    assert by_role(contract, 'leak') == {'total_pymnt', 'recoveries', 'last_pymnt_d', 'agency'}
+    assert by_role(contract, 'feature') == {'loan_amnt', 'delinq_2yrs', 'number_of_times_past_due', 'fico'}
+    assert (contract.time.name, contract.amount, contract.target.bad) == ('issue_d', 'loan_amnt', 'Charged Off')
+    assert 'Fully Paid, Current all count as good' in text or 'Current, Fully Paid all count as good' in text
+    assert "numbers written as text, for example" in text
+
+
 # ---------------------------------------------------------------- clear errors
 
 @pytest.mark.parametrize(('table', 'target', 'said'), [
@@ -231,10 +257,6 @@ def pair(request, real_data, drafts) -> tuple[Contract, Contract, Path, str]:
         drafts[request.param] = inferred(real_data / file, target)
     text, draft = drafts[request.param]
     return load_contract(ROOT / f'data/contracts/{request.param}.yaml'), draft, real_data / file, text
-
-
-def by_role(contract: Contract, role: str) -> set[str]:
-    return {c.name for c in contract.columns.values() if c.role == role}
 
 
 def test_drafts_of_real_tables_come_close_to_the_committed_contracts(pair):

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from riskscore.contract import Contract, parse_contract
 
 MONEY = {'approve': {'good': 0.1, 'bad': -0.5}, 'refer': {'good': 0.05, 'bad': -0.1, 'fixed': -1.0}, 'decline': {'good': 0, 'bad': 0}}
-NAMES = ['age', 'salario_neto', 'mes año', 'default.payment', 'días de atraso', 'class', 'say "hi"', "it's", 'back\\slash', '収入', 'None', '=1+1',
-         'a-b', 'x', 'Ω', '1', 'col', 'mean', 'tab\there', 'null', 'ß', ' edge ', '😀']
+NAMES = ['age', 'salario_neto', 'mes año', 'default.payment', 'días de atraso', 'class', 'say "hi"', "it's", 'back\\slash', '収入', 'None',
+         '=1+1', 'a-b', 'x', 'Ω', '1', 'col', 'mean', 'tab\there', 'null', 'ß', ' edge ', '😀']
 LEVELS = ['nurse', 'clerk', '1', '2', 'España', 'a "b"', 'XNA', '0.5', 'true', 'None', ' ']
 UNARY = ('neg', 'abs', 'log', 'log1p', 'exp', 'sqrt', 'floor', 'isnull')
 BINARY = {'add': '+', 'sub': '-', 'mul': '*', 'div': '/', 'lt': '<', 'le': '<=', 'gt': '>', 'ge': '>=', 'eq': '==', 'ne': '!='}
@@ -86,7 +86,8 @@ def contents(draw, derived: int = 3, kinds: tuple[str, ...] = ()):
         features[f'feature {i}'] = text(tree)
         numbers.append(f'feature {i}')
     amount = draw(st.sampled_from([None, *(n for n, c in table.items() if c['kind'] in ('number', 'integer') and c['role'] != 'target')]))
-    return {'name': 'generated', 'value': MONEY, 'rare': {'min_count': draw(st.integers(0, 3))}, 'amount': amount, 'derived': features, 'columns': table}
+    return {'name': 'generated', 'value': MONEY, 'rare': {'min_count': draw(st.integers(0, 3))}, 'amount': amount, 'derived': features,
+            'columns': table}
 
 
 def contracts(**settings):
@@ -104,15 +105,19 @@ class Odd:
         raise TypeError('not comparable')
 
 
-JUNK = [None, NAN, '', 'abc', ' ', '365243', '99', 'XNA', '2020-13-01', '2020-01-01T00:00:00+25:00', 'nan', 'inf', '1e5', '\ud800', 'long ' * 50,
-        True, False, np.True_, np.False_, b'1', bytearray(b'x'), [1], [], (), (1, 2), {}, {'a': 1}, {1}, frozenset(), Odd(), object, 1j, Ellipsis,
-        10**400, -10**400, 10**4000, 2**53 + 1, 2**63, -2**63, Decimal('1.5'), Decimal('NaN'), Fraction(1, 3), 0.0, -0.0, 5e-324, 1.8e308, -1e308,
-        math.inf, -math.inf, 1e16, 1e22, 0.1 + 0.2, np.float64(0.25), np.float32(0.1), np.float16(2.5), np.longdouble('0.1'), np.longdouble('1e4000'),
-        np.int8(7), np.uint64(2**64 - 1), np.int64(365243), np.str_('nurse'), np.str_(''), np.float64('nan'), np.float32('inf'), np.bytes_(b'x'),
-        np.datetime64('2024-02-29'), np.datetime64('NaT'), np.datetime64('2024-02-29T13:45:00.123456789'), np.datetime64(10**17, 'D'),
-        np.datetime64('1700-01-01'), np.timedelta64(5, 'D'), np.timedelta64(5, 'ns'), np.timedelta64('NaT'), dt.timedelta(5), dt.time(3),
-        dt.date(2024, 2, 29), dt.date(1, 1, 1), dt.datetime(2024, 2, 29, 13, 45, 0, 1), dt.datetime(9999, 12, 31, tzinfo=dt.timezone(dt.timedelta(hours=-14))),
-        dt.datetime(2024, 3, 31, 2, 30, tzinfo=dt.timezone(dt.timedelta(hours=2))), np.array(5.0), np.array([1.0, 2.0]), np.array([]), np.array('x')]
+_WEST, _EAST = dt.timezone(dt.timedelta(hours=-14)), dt.timezone(dt.timedelta(hours=2))
+JUNK = [
+    None, NAN, '', 'abc', ' ', '365243', '99', 'XNA', '2020-13-01', '2020-01-01T00:00:00+25:00', 'nan', 'inf', '1e5', '\ud800',
+    'long ' * 50, True, False, np.True_, np.False_, b'1', bytearray(b'x'), [1], [], (), (1, 2), {}, {'a': 1}, {1}, frozenset(), Odd(), object, 1j,
+    10**400, -10**400, 10**4000, 2**53 + 1, 2**63, -2**63, Decimal('1.5'), Decimal('NaN'), Fraction(1, 3),
+    0.0, -0.0, 5e-324, 1.8e308, -1e308, math.inf, -math.inf, 1e16, 1e22, 0.1 + 0.2,
+    np.float64(0.25), np.float32(0.1), np.float16(2.5), np.longdouble('0.1'), np.longdouble('1e4000'), np.float64('nan'), np.float32('inf'),
+    np.int8(7), np.uint64(2**64 - 1), np.int64(365243), np.str_('nurse'), np.str_(''), np.bytes_(b'x'),
+    np.datetime64('2024-02-29'), np.datetime64('NaT'), np.datetime64('2024-02-29T13:45:00.123456789'), np.datetime64(10**17, 'D'),
+    np.datetime64('1700-01-01'), np.timedelta64(5, 'D'), np.timedelta64(5, 'ns'), np.timedelta64('NaT'), dt.timedelta(5), dt.time(3),
+    dt.date(2024, 2, 29), dt.date(1, 1, 1), dt.datetime(2024, 2, 29, 13, 45, 0, 1), dt.datetime(9999, 12, 31, tzinfo=_WEST),
+    dt.datetime(2024, 3, 31, 2, 30, tzinfo=_EAST), np.array(5.0), np.array([1.0, 2.0]), np.array([]), np.array('x'),
+]
 
 SENSIBLE = {
     'number': st.floats(-120, 120) | st.integers(-1100, 1100) | st.floats(allow_nan=False, allow_infinity=False),
@@ -120,7 +125,8 @@ SENSIBLE = {
     'category': st.sampled_from(LEVELS) | st.integers(0, 10) | st.sampled_from([1.0, 0.5, 9, 9.0]) | st.text(max_size=5),
     'flag': st.sampled_from(['0', '1', 0, 1, 1.0, 'N', 'Y', 2, 'a b', 'Ñ', '?', 9, True, False]),
     'date': days('1900-01-01', '2199-12-31') | st.dates(dt.date(1850, 1, 1), dt.date(2250, 1, 1)) | st.integers(-26000, 85000)
-            | st.datetimes(dt.datetime(1899, 12, 30), dt.datetime(2200, 1, 3)) | st.sampled_from(['2020-01-01T12:00', 'never', 99991231, 20240115]),
+            | st.datetimes(dt.datetime(1899, 12, 30), dt.datetime(2200, 1, 3))
+            | st.sampled_from(['2020-01-01T12:00', 'never', 99991231, 20240115]),
 }
 
 
@@ -133,8 +139,8 @@ def raw_values(kind: str):
 def tables(draw, contract: Contract, max_rows: int = 12):
     "A raw table as a mapping of columns to lists; some columns are missing."
     rows = draw(st.integers(1, max_rows))
-    given_ = [c for c in contract.columns.values() if draw(st.integers(0, 9)) or not c.null]
-    return {c.name: draw(st.lists(raw_values(c.kind), min_size=rows, max_size=rows)) for c in given_} or {'bad': [1] * rows}
+    present = [c for c in contract.columns.values() if draw(st.integers(0, 9)) or not c.null]
+    return {c.name: draw(st.lists(raw_values(c.kind), min_size=rows, max_size=rows)) for c in present} or {'bad': [1] * rows}
 
 
 # ---------------------------------------------------------------- expressions
@@ -143,7 +149,7 @@ def tables(draw, contract: Contract, max_rows: int = 12):
 def trees(draw, numbers, categories=None, dates=(), depth: int = 4, wide: bool = True):
     "A random expression over given columns, from the whole grammar; `wide` functions do not nest, as their size would explode."
     categories = categories or {}
-    leaf = st.floats(-1e6, 1e6).map(lambda v: ('number', v)) | st.sampled_from([0.0, 1.0, -1.0, 2.0, 100.0, 1e300]).map(lambda v: ('number', v))
+    leaf = (st.floats(-1e6, 1e6) | st.sampled_from([0.0, 1.0, -1.0, 2.0, 100.0, 1e300])).map(lambda v: ('number', v))
     if numbers:
         leaf |= st.sampled_from(numbers).map(lambda n: ('column', n))
     choices = ['leaf']
@@ -203,12 +209,12 @@ def slow(tree, row) -> float:
         value = row[operands[0]]
         return NAN if value is None else float((value == operands[1]) == (op == 'level'))
     values = [slow(o, row) for o in operands]
-    given_ = [v for v in values if v is not None and v == v]
+    known = [v for v in values if v is not None and v == v]
     if op in _SKIPPING:
-        return _finite(lambda: _SKIPPING[op](values, given_))
+        return _finite(lambda: _SKIPPING[op](values, known))
     if op == 'where':
         return NAN if values[0] != values[0] else values[1] if values[0] != 0 else values[2]
-    if len(given_) < len(values):
+    if len(known) < len(values):
         return NAN
     return _finite(lambda: _PLAIN[op](*values))
 
@@ -230,16 +236,16 @@ def _numpy(ufunc):
     return compute
 
 
-def _sum(given_) -> float:
+def _sum(known) -> float:
     "From left to right, each step finite; Python's own sum compensates from 3.12 on."
     total = 0.0
-    for v in given_:
+    for v in known:
         total = _finite(lambda a=total, b=v: a + b)
     return total
 
 
-def _mean(given_) -> float:
-    return _sum(given_) / len(given_) if given_ else NAN
+def _mean(known) -> float:
+    return _sum(known) / len(known) if known else NAN
 
 
 def _std(values) -> float:
@@ -253,14 +259,17 @@ def _moment(days_: float) -> dt.datetime:
 
 
 _SKIPPING = {
-    'isnull': lambda values, given_: len(given_) == 0, 'coalesce': lambda values, given_: values[0] if values[0] == values[0] else values[1],
-    'min': lambda values, given_: min(given_, default=NAN), 'max': lambda values, given_: max(given_, default=NAN),
-    'count': lambda values, given_: len(given_), 'mean': lambda values, given_: _mean(given_),
-    'sum': lambda values, given_: _sum(given_) if given_ else NAN, 'std': lambda values, given_: _std(values),
+    'isnull': lambda values, known: len(known) == 0, 'count': lambda values, known: len(known),
+    'coalesce': lambda values, known: values[0] if values[0] == values[0] else values[1],
+    'min': lambda values, known: min(known, default=NAN), 'max': lambda values, known: max(known, default=NAN),
+    'mean': lambda values, known: _mean(known),
+    'sum': lambda values, known: _sum(known) if known else NAN, 'std': lambda values, known: _std(values),
 }
 _PLAIN = {
-    'add': lambda a, b: a + b, 'sub': lambda a, b: a - b, 'mul': lambda a, b: a * b, 'div': lambda a, b: a / b, 'neg': lambda a: -a, 'abs': abs,
-    'lt': lambda a, b: a < b, 'le': lambda a, b: a <= b, 'gt': lambda a, b: a > b, 'ge': lambda a, b: a >= b, 'eq': lambda a, b: a == b,
-    'ne': lambda a, b: a != b, 'sqrt': math.sqrt, 'floor': math.floor, 'log': _numpy(np.log), 'log1p': _numpy(np.log1p), 'exp': _numpy(np.exp),
-    'year': lambda d: _moment(d).year, 'month': lambda d: _moment(d).month, 'day': lambda d: _moment(d).day, 'weekday': lambda d: _moment(d).weekday(),
+    'add': lambda a, b: a + b, 'sub': lambda a, b: a - b, 'mul': lambda a, b: a * b, 'div': lambda a, b: a / b, 'neg': lambda a: -a,
+    'lt': lambda a, b: a < b, 'le': lambda a, b: a <= b, 'gt': lambda a, b: a > b, 'ge': lambda a, b: a >= b,
+    'eq': lambda a, b: a == b, 'ne': lambda a, b: a != b, 'abs': abs, 'sqrt': math.sqrt, 'floor': math.floor,
+    'log': _numpy(np.log), 'log1p': _numpy(np.log1p), 'exp': _numpy(np.exp),
+    'year': lambda d: _moment(d).year, 'month': lambda d: _moment(d).month,
+    'day': lambda d: _moment(d).day, 'weekday': lambda d: _moment(d).weekday(),
 }

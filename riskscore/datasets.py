@@ -127,13 +127,13 @@ class _Rows:
             self.writer.write_table(pa.Table.from_batches(self.waiting), row_group_size=2 * GROUP_ROWS)
             self.waiting = []
 
-# %% ../nbs/21_datasets.ipynb #c134d139
+# %% ../nbs/21_datasets.ipynb #ce94eb39
 @contextmanager
 def _parquet_writer(path:Path, schema:pa.Schema)->Iterator[_Rows]:
     "A writer of one Parquet file."
     repeating = [f.name for f in schema if not pa.types.is_floating(f.type)]  # a dictionary of floats costs time and saves nothing
     options = {'compression': 'zstd', 'compression_level': 1, 'use_dictionary': repeating, 'write_statistics': False}
-    with pq.ParquetWriter(path, schema, **options) as writer:
+    with pa.OSFile(str(path), 'wb') as file, pq.ParquetWriter(file, schema, **options) as writer:
         rows = _Rows(writer)
         yield rows
         rows.flush()
@@ -169,8 +169,8 @@ def read_table(
     for batch in open_table(path).iter_batches(batch_rows, columns=columns):
         yield arrow_frame(batch, contract)
 
-# %% ../nbs/21_datasets.ipynb #2cdb4df9
-_NUMBER = re.compile(r'\s*[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?\s*')
+# %% ../nbs/21_datasets.ipynb #10ef30e0
+_NUMBER = re.compile(r'\s*[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*')
 
 
 def _parse_number(text:Any, nulls:Collection[Any])->Any:
@@ -179,14 +179,14 @@ def _parse_number(text:Any, nulls:Collection[Any])->Any:
         return text
     return float(text) if _NUMBER.fullmatch(text) else None if text.strip() in nulls else text
 
-# %% ../nbs/21_datasets.ipynb #2444bdd3
+# %% ../nbs/21_datasets.ipynb #fe885395
 def _parse_level(text:Any, column:Column, nulls:Collection[Any])->Any:
     "The level that a text writes: `1.0` stands for a known level `1`."
     if not isinstance(text, str) or text in column.known:
         return text
     if text in nulls:
         return None
-    whole = re.fullmatch(r'(-?\d+)\.0+', text)
+    whole = re.fullmatch(r'(-?[0-9]+)\.0+', text)
     return whole[1] if whole and (whole[1] in column.known or whole[1] in column.codes) else text
 
 # %% ../nbs/21_datasets.ipynb #5e465339

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['with_related', 'Findings', 'check_source', 'ingest']
 
-# %% ../nbs/22_ingest.ipynb #4b886046
+# %% ../nbs/22_ingest.ipynb #5e94fea0
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -239,7 +239,7 @@ class Findings:
         "Everything that makes the source unfit as it is."
         return [*self.problems, *self.messages('hard')]
 
-# %% ../nbs/22_ingest.ipynb #1750abd8
+# %% ../nbs/22_ingest.ipynb #4021516c
 _PARTS = 64
 _FILE_BITS = 40  # the place of a row: number of its file << 40 | number of the row
 
@@ -248,7 +248,8 @@ class _Repeats:
     "Finds ids that were seen before."
 
     def __init__(self, folder: Path | None = None):
-        self.files = [tempfile.TemporaryFile(dir=folder) for _ in range(_PARTS)]
+        self.stack = ExitStack()
+        self.files = [self.stack.enter_context(tempfile.TemporaryFile(dir=folder)) for _ in range(_PARTS)]
 
     def add(self, ids: npt.NDArray[Any], places: npt.NDArray[np.int64]) -> None:
         "Notes the ids of some rows."
@@ -265,13 +266,16 @@ class _Repeats:
         for file in self.files:
             file.seek(0)
             pairs = np.frombuffer(file.read(), dtype=np.int64).reshape(-1, 2)
-            file.close()
             pairs = pairs[np.lexsort((pairs[:, 1], pairs[:, 0]))]
             found.append(pairs[1:][pairs[1:, 0] == pairs[:-1, 0]])
         repeated = np.concatenate(found)
         return repeated[np.argsort(repeated[:, 1])]
 
-# %% ../nbs/22_ingest.ipynb #8775bb18
+    def close(self) -> None:
+        "Gives the space of the temporary files back."
+        self.stack.close()
+
+# %% ../nbs/22_ingest.ipynb #28e6dcd0
 @dataclass(frozen=True)
 class _Pass:
     "What a pass over a source needs."
@@ -282,42 +286,43 @@ class _Pass:
     need_target: bool = True
     progress: Callable[[int], Any] | None = None
     scratch: Path | None = None  # folder for temporary files
+    aside: bool = False  # are bad rows set aside, so that their ids are free?
 
-# %% ../nbs/22_ingest.ipynb #0c23d2a5
+# %% ../nbs/22_ingest.ipynb #b2530404
 def _scan(
     job:_Pass, # what to read
     handle:Callable[[Batch], None]=lambda batch: None, # is given each batch
     drop:npt.NDArray[np.int64]|None=None, # (repeats, 2) rows to treat as bad because their id is repeated; None to look for them
 )->tuple[Findings, npt.NDArray[np.int64]]: # what was found; (repeats, 2) key and place of each row with a repeated id
     "Reads a whole source."
-    findings, repeats = Findings(), _Repeats(job.scratch)
-    for number, path in enumerate(source_files(job.source)):
-        findings.files[path.name] = 0
-        try:
-            for batch in read_frames(path, job.contract, need_target=job.need_target, join=job.join):
-                places = (number << _FILE_BITS) + batch.rows
-                if drop is not None:
-                    batch = _without(batch, np.isin(places, drop[:, 1]), job.contract)
-                findings.add(batch, job.contract)
-                _note_ids(repeats, batch, places, job.contract)
-                handle(batch)
-                if job.progress:
-                    job.progress(findings.rows)
-        except RiskError as error:
-            findings.problems.append(str(error))
-    repeated = repeats.find()
-    names = list(findings.files)
+    findings, files = Findings(), source_files(job.source)
+    with closing(_Repeats(job.scratch)) as repeats:
+        for number, path in enumerate(files):
+            findings.files[path.name] = 0
+            try:
+                for batch in read_frames(path, job.contract, need_target=job.need_target, join=job.join):
+                    places = (number << _FILE_BITS) + batch.rows
+                    if drop is not None:
+                        batch = _without(batch, np.isin(places, drop[:, 1]), job.contract)
+                    findings.add(batch, job.contract)
+                    _note_ids(repeats, batch, places, job)
+                    handle(batch)
+                    if job.progress:
+                        job.progress(findings.rows)
+            except RiskError as error:
+                findings.problems.append(str(error))
+        repeated = repeats.find()
     for key, place in repeated.tolist() if drop is None else ():
-        findings.note(names[place >> _FILE_BITS], _repeat(job.contract.id, place & ((1 << _FILE_BITS) - 1), key))
+        findings.note(files[place >> _FILE_BITS].name, _repeat(job.contract.id, place & ((1 << _FILE_BITS) - 1), key))
     return findings, repeated
 
-# %% ../nbs/22_ingest.ipynb #8b501dc5
-def _note_ids(repeats:_Repeats, batch:Batch, places:npt.NDArray[np.int64], contract:Contract)->None:
-    "Remembers the ids of the rows that may be kept."
-    column = contract.id
+# %% ../nbs/22_ingest.ipynb #8051af4b
+def _note_ids(repeats:_Repeats, batch:Batch, places:npt.NDArray[np.int64], job:_Pass)->None:
+    "Remembers the ids of a batch; the id of a row that is set aside may come again."
+    column = job.contract.id
     if column is not None and column.name in batch.raw.schema.names:
         ids, known = read_ids(batch.raw.column(column.name), column.kind)
-        known = known & ~batch.bad_rows
+        known = known & ~batch.bad_rows if job.aside else known
         repeats.add(ids[known], places[known])
 
 # %% ../nbs/22_ingest.ipynb #073ef6a3
@@ -348,7 +353,7 @@ def check_source(
         findings.problems.append(f'{source} holds no rows of data.')
     return findings
 
-# %% ../nbs/22_ingest.ipynb #0b1899a6
+# %% ../nbs/22_ingest.ipynb #414cd799
 def ingest(
     source:str|Path, # a file, a folder of partitions, or a pattern
     contract:Contract, # what is expected
@@ -368,7 +373,7 @@ def ingest(
     with ExitStack() as files:
         table = files.enter_context(atomic_path(out))
         rejected = files.enter_context(atomic_path(rejects)) if aside else None
-        job = _Pass(source, effective, join, progress=progress, scratch=out.parent)
+        job = _Pass(source, effective, join, progress=progress, scratch=out.parent, aside=aside)
         findings, repeated = _store(job, table, rejected)
         if aside and len(repeated):
             again, _ = _store(job, table, rejected, repeated)
@@ -379,12 +384,14 @@ def ingest(
     write_text(contract_out or out.with_name('contract.json'), canonical_json(effective.to_dict()))
     return _summary(findings, effective, source, out)
 
-# %% ../nbs/22_ingest.ipynb #342ee075
+# %% ../nbs/22_ingest.ipynb #96325235
 def _store(job:_Pass, table:Path, rejected:Path|None, drop:npt.NDArray[np.int64]|None=None)->tuple[Findings, npt.NDArray[np.int64]]:
     "Writes the good rows to a table and the bad ones to a file of rejects."
     with ExitStack() as files:
         rows = files.enter_context(table_writer(table, table_schema(job.contract)))
-        rejects = files.enter_context(_reject_writer(rejected, job.contract)) if rejected else None
+        rejects = _reject_writer(files.enter_context(pa.OSFile(str(rejected), 'wb')), job.contract) if rejected else None
+        if rejects:
+            files.callback(rejects.close)
 
         def handle(batch: Batch) -> None:
             stored = stored_batch(batch, job.contract)
@@ -394,12 +401,12 @@ def _store(job:_Pass, table:Path, rejected:Path|None, drop:npt.NDArray[np.int64]
 
         return _scan(job, handle, drop)
 
-# %% ../nbs/22_ingest.ipynb #4da51cd2
-def _reject_writer(path:Path, contract:Contract)->pyarrow.csv.CSVWriter:
+# %% ../nbs/22_ingest.ipynb #bf66775a
+def _reject_writer(file:pa.NativeFile, contract:Contract)->pyarrow.csv.CSVWriter:
     "A CSV file of rows set aside."
     names = ['reject_file', 'reject_row', 'reject_reason', *contract.columns]
     options = pyarrow.csv.WriteOptions(quoting_style='needed')
-    return pyarrow.csv.CSVWriter(path, pa.schema([(n, pa.string()) for n in names]), write_options=options)
+    return pyarrow.csv.CSVWriter(file, pa.schema([(n, pa.string()) for n in names]), write_options=options)
 
 # %% ../nbs/22_ingest.ipynb #42d41c08
 def _reject_batch(batch:Batch, contract:Contract)->pa.RecordBatch:

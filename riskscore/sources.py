@@ -220,7 +220,7 @@ def _only_member(archive:zipfile.ZipFile, file:str)->str:
                         'Unpack it and name the file you mean.')
     return tables[0]
 
-# %% ../nbs/20_sources.ipynb #abd0e63d
+# %% ../nbs/20_sources.ipynb #a4634968
 _BLOCK_BYTES = 1 << 18
 _MAX_RAGGED = 1000
 
@@ -229,13 +229,8 @@ def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str]=DEFAULT_NULLS, know
     "Rows of a text file as text."
     layout, ragged = _layout(_open_bytes(path).read(_HEAD_BYTES), path.name, known), _Ragged(path.name)
     ragged.header_lines = layout.header_lines
-    reader = pyarrow.csv.open_csv(
-        _open_bytes(path),
-        pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=layout.names, skip_rows=layout.header_lines),
-        pyarrow.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=ragged.keep),
-        pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(layout.names, pa.string()), null_values=nulls, strings_can_be_null=True))
     done = 0
-    for table in _regroup(reader, batch_rows):
+    for table in _regroup(_open_csv(path, layout, ragged, nulls), batch_rows):
         rows = ragged.numbers(done, table.num_rows)
         yield RawBatch(path.name, rows, _decimal_points(table) if layout.decimal_comma else table, ragged.take(rows[-1]))
         done += table.num_rows
@@ -273,6 +268,20 @@ class _Ragged:
         due = [line for line in self.lines if last is None or line[0] < last]
         self.lines = self.lines[len(due):]
         return due
+
+# %% ../nbs/20_sources.ipynb #3ed10ab2
+def _open_csv(path:Path, layout:_Layout, ragged:_Ragged, nulls:Sequence[str])->Iterable[pa.RecordBatch]:
+    "Arrow's streaming parser."
+    try:
+        return pyarrow.csv.open_csv(
+            _open_bytes(path),
+            pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=layout.names, skip_rows=layout.header_lines),
+            pyarrow.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=ragged.keep),
+            pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(layout.names, pa.string()), null_values=nulls, strings_can_be_null=True))
+    except pa.ArrowInvalid as error:
+        if 'Could not skip' in str(error):
+            return ()  # only a header, without the end of its line
+        raise
 
 # %% ../nbs/20_sources.ipynb #ae921276
 def _regroup(batches:Iterable[pa.RecordBatch], rows:int)->Iterator[pa.RecordBatch]:

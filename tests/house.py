@@ -171,15 +171,6 @@ def libraries_import_only_lower_numbers(root):
 
 
 @rule
-def library_numbers_are_unique(root):
-    seen = {}
-    for path in libraries(root):
-        if path.stem[:2] in seen:
-            yield f'{path.name}: has the number of {seen[path.stem[:2]]}'
-        seen.setdefault(path.stem[:2], path.name)
-
-
-@rule
 def one_exported_definition_a_cell(root):
     for path in libraries(root):
         for cell in filter(lambda c: c.exported, cells(path)):
@@ -237,6 +228,8 @@ def public_definitions_are_used_below(root):
         found = cells(path)
         for i, cell in enumerate(found):
             for node in definitions(cell) if cell.exported else []:
+                if any(re.search(r'\.(command|group)\b', ast.unparse(d)) for d in node.decorator_list):
+                    continue # called by its name on the command line
                 is_class = isinstance(node, ast.ClassDef)
                 uses = [c.source for c in found[0 if is_class else i + 1:] if c.code and c is not cell and (is_class or not c.exported)]
                 if not node.name.startswith('_') and not re.search(rf'\b{node.name}\b', '\n'.join(uses)):

@@ -143,7 +143,6 @@ PLANTS: list[tuple[str, Callable[[Path], None], str]] = [
     ('libraries_import_only_lower_numbers', cell(LIB, '#| export\nfrom riskscore import tables'), 'number 20 and not lower'),
     ('libraries_import_only_lower_numbers', cell(LATER, '#| export\ndef f():\n    from riskscore.none import x'), 'no notebook exports'),
     ('libraries_import_only_lower_numbers', cell(LATER, '#| export\nfrom .core import twice'), 'relative import'),
-    ('library_numbers_are_unique', lambda p: write_notebook(p / 'nbs/20_charts.ipynb', LIBRARY), 'has the number of 20_charts'),
     ('one_exported_definition_a_cell', cell(LIB, '#| export\ndef _f(): pass\n\ndef _g(): pass'), '_f, _g'),
     ('functions_are_25_lines_at_most', cell(LIB, '#| export\ndef _f():\n' + '    a = 1\n' * 26), '26 lines'),
     ('functions_are_25_lines_at_most', cell(LIB, '#| export\nclass _C:\n    def f(self):\n' + '        a = 1\n' * 26), 'body of f'),

@@ -5,11 +5,12 @@
 # %% auto #0
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #aa656c3e
+# %% ../nbs/51_cli.ipynb #2580a077
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -89,14 +90,12 @@ def _find_contract(
         raise RiskError(f"There is no contract '{name}' in {_CONTRACTS}.{suggest(name, known)} There are {', '.join(known) or 'none'}.")
     return load_contract(known[name])
 
-# %% ../nbs/51_cli.ipynb #b52024d0
+# %% ../nbs/51_cli.ipynb #1d0cd04e
 def _fitting_contract(
-    file:str, # a file of applications
-)->Contract: # the committed contract that knows most of its columns
+    file:str, # a file of applications, for messages
+    names:set[str], # its columns
+)->Contract: # the committed contract that knows most of them
     "The contract that a file was probably made for."
-    from riskscore.sources import read_raw
-
-    names = set(next(iter(read_raw(file))).table.schema.names)
     contracts = [load_contract(p) for p in sorted(_CONTRACTS.glob('*.y*ml'))]
     best = max(contracts, key=lambda c: len(names & set(c.columns)) / len(names | set(c.columns)), default=None)
     if best is None or 2 * len(names & set(best.columns)) < len(names):
@@ -104,8 +103,9 @@ def _fitting_contract(
                         f'riskscore contract infer {file} --target COLUMN')
     return best
 
-# %% ../nbs/51_cli.ipynb #155f0e9d
-@contract_commands.command(epilog='Example: riskscore contract infer loans.csv --target defaulted -o data/contracts/loans.yaml')
+# %% ../nbs/51_cli.ipynb #e9b95437
+@contract_commands.command(short_help='Draft a contract from a file.',
+                           epilog='Example: riskscore contract infer loans.csv --target defaulted -o data/contracts/loans.yaml')
 @click.argument('file')
 @click.option('--target', required=True, help='Column with the outcome.')
 @click.option('-o', '--out', type=click.Path(dir_okay=False), help='YAML file to write; without it the draft is printed.')
@@ -128,8 +128,12 @@ def infer(
     write_text(out, text)
     click.echo(f'Wrote {out}. Read it, correct it, then: riskscore contract check {file} --contract {out}')
 
-# %% ../nbs/51_cli.ipynb #a5939c19
-@contract_commands.command(epilog='Example: riskscore contract check loans.csv --contract home_credit')
+# %% ../nbs/51_cli.ipynb #8ff61ebd
+_FIRST_ROWS = 2_000
+
+
+@contract_commands.command(short_help='Hold a file against a contract.',
+                           epilog='Example: riskscore contract check loans.csv --contract home_credit')
 @click.argument('file')
 @click.option('--contract', 'name', help='Name in data/contracts, or path of a YAML file; without it the one that fits best.')
 @click.option('--related', type=click.Path(exists=True, file_okay=False), help='Folder of the related tables that the contract names.')
@@ -142,10 +146,13 @@ def check(
 )->None: # prints a report
     "Hold FILE against a contract; exit code 1 if rows or columns would be refused."
     from riskscore.ingest import check_source
+    from riskscore.sources import read_raw
 
-    known = _find_contract(name) if name else _fitting_contract(file)
+    names = {column for batch in islice(read_raw(file, batch_rows=_FIRST_ROWS), 1) for column in batch.table.schema.names}
+    known = _find_contract(name) if name else _fitting_contract(file, names)
+    with_outcome = known.target is not None and known.target.name in names
     with _progress('checking') as progress:
-        findings = check_source(file, known, need_target=_has_target(file, known), related=related, progress=progress)
+        findings = check_source(file, known, need_target=with_outcome, related=related, progress=progress)
     broken, idle = _feature_faults(file, known, related)
     hard = [*findings.hard, *broken]
     click.echo(f'{file} against the contract {known.name}: {findings.rows:,} rows, {len(known.columns)} columns.')
@@ -155,18 +162,7 @@ def check(
         click.echo('Nothing hard was found.')
     ctx.exit(1 if hard else 0)
 
-# %% ../nbs/51_cli.ipynb #79392bd0
-def _has_target(
-    file:str, # any source of applications
-    contract:Contract, # says which column is the outcome
-)->bool: # is it a table to learn from?
-    "Does a file hold outcomes?"
-    from riskscore.sources import read_raw
-
-    first = next(iter(read_raw(file)), None)
-    return first is not None and contract.target is not None and contract.target.name in first.table.schema.names
-
-# %% ../nbs/51_cli.ipynb #2e81efab
+# %% ../nbs/51_cli.ipynb #fc5d6ac1
 def _feature_faults(
     file:str, # any source of applications
     contract:Contract, # declares features
@@ -175,7 +171,7 @@ def _feature_faults(
     "Computes the contract's features for the first rows of a file."
     import numpy as np
 
-    import riskscore.feature_sets  # noqa: F401  # declares the sets that contracts ask for
+    import riskscore.feature_sets  # noqa: F401  # declares the sets that contracts may ask for
     from riskscore.datasets import read_frames
     from riskscore.features import feature_expressions, fit_plan
     from riskscore.ingest import with_related
@@ -183,7 +179,7 @@ def _feature_faults(
     contract, join = with_related(contract, related)
     try:
         engineered = feature_expressions(contract)
-        frame = next(iter(read_frames(file, contract, join=join))).frame
+        frame = next(iter(read_frames(file, contract, batch_rows=_FIRST_ROWS, join=join))).frame
     except (RiskError, StopIteration) as error:
         return error.problems or [str(error)] if isinstance(error, RiskError) else [], []
     plan = fit_plan(contract, [frame])
@@ -200,8 +196,9 @@ def _section(
     if lines:
         click.echo('\n'.join([f'{title}: {len(lines)}', *(f'  - {line}' for line in lines)]))
 
-# %% ../nbs/51_cli.ipynb #fe6f272e
-@main.command(epilog='Example: riskscore score applications.csv -o predictions.csv')
+# %% ../nbs/51_cli.ipynb #331a8b56
+@main.command(short_help='Score a file of applications.',
+              epilog='Example: riskscore score applications.csv -o predictions.csv')
 @click.argument('source')
 @click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='Answers: a .csv or .parquet file.')
 @click.option('--model', default='data/models/champion.json', show_default=True, help='Pointer file, or directory of a bundle.')
@@ -261,8 +258,9 @@ def _counts(
 def data_commands()->None: # group of commands
     "Get data to try things with."
 
-# %% ../nbs/51_cli.ipynb #a49242f2
-@data_commands.command(epilog='Example: riskscore data synthetic --rows 20000 -o applications.csv')
+# %% ../nbs/51_cli.ipynb #b5f544dd
+@data_commands.command(short_help='Write synthetic applicants.',
+                       epilog='Example: riskscore data synthetic --rows 20000 -o applications.csv')
 @click.option('--rows', type=click.IntRange(1), default=20_000, show_default=True, help='Applicants; the real table has 307,511.')
 @click.option('--seed', type=click.IntRange(0), default=42, show_default=True, help='Same seed, same applicants.')
 @click.option('-o', '--out', required=True, type=click.Path(dir_okay=False), help='File to write: .csv, .csv.gz or .parquet.')
@@ -279,8 +277,9 @@ def synthetic(
     write_home_credit(out, rows, seed, truth)
     click.echo(f'Wrote {rows:,} synthetic applicants to {out}' + (f', and what is true about them to {truth}.' if truth else '.'))
 
-# %% ../nbs/51_cli.ipynb #25df55b3
-@data_commands.command(epilog='Example: riskscore data kaggle -o data/raw')
+# %% ../nbs/51_cli.ipynb #16247879
+@data_commands.command(short_help='Download Home Credit.',
+                       epilog='Example: riskscore data kaggle -o data/raw')
 @click.option('-o', '--out', required=True, type=click.Path(file_okay=False), help='Folder for the files.')
 @click.option('--table', multiple=True, default=['application_train.csv'], show_default=True, help='File of it; may be repeated.')
 def kaggle(

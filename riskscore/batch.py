@@ -81,11 +81,11 @@ def _all_null(values:npt.NDArray[Any])->bool:
     "Is there no value at all? Columns that come from related tables are not in the file, but have values."
     return all(v is None for v in values) if values.dtype.kind == 'O' else bool(np.isnan(values).all())
 
-# %% ../nbs/30_batch.ipynb #8fba902a
+# %% ../nbs/30_batch.ipynb #35908348
 def _flags(
     batch:Batch, # typed rows
     contract:Contract, # with limits and levels
-)->npt.NDArray[np.object_]: # (rows,) text such as 'AMT_CREDIT range; OCCUPATION_TYPE unseen', None where all is usual
+)->npt.NDArray[np.object_]: # (rows,) text such as 'income range; job unseen', None where all is usual
     "Soft findings of each row."
     flags = np.full(len(batch.rows), None, dtype=object)
     for violation in batch.violations:

@@ -23,13 +23,13 @@ from .core import RiskError, frame_rows, listing, suggest, write_text
 if TYPE_CHECKING:
     from riskscore.batch import BatchRun
 
-# %% ../nbs/51_cli.ipynb #3e8ce462
+# %% ../nbs/51_cli.ipynb #1455b451
 class _Fault(click.ClickException):
     "Ends a command with a message."
 
     exit_code = 2
 
-
+# %% ../nbs/51_cli.ipynb #d34edec2
 class Commands(click.Group):
     "Commands whose expected faults are told in words."
 
@@ -162,7 +162,7 @@ def check(
         click.echo('Nothing hard was found.')
     ctx.exit(1 if hard else 0)
 
-# %% ../nbs/51_cli.ipynb #fc5d6ac1
+# %% ../nbs/51_cli.ipynb #7bde76ad
 def _feature_faults(
     file:str, # any source of applications
     contract:Contract, # declares features
@@ -183,8 +183,8 @@ def _feature_faults(
     except (RiskError, StopIteration) as error:
         return error.problems or [str(error)] if isinstance(error, RiskError) else [], []
     plan = fit_plan(contract, [frame])
-    empty = np.isnan(plan.frame(frame)).all(axis=0)
-    idle = [name for name, null in zip(plan.names, empty, strict=True) if null and name in engineered]
+    matrix = plan.frame(frame)
+    idle = [name for i, name in enumerate(plan.names) if name in engineered and np.isnan(matrix[:, i]).all()]
     return [], [f'feature {name}: null in all of the first {frame_rows(frame):,} rows.' for name in idle]
 
 # %% ../nbs/51_cli.ipynb #fb4196c2

@@ -19,12 +19,12 @@ from .core import Frame, RiskError, frame_rows
 from .datasets import arrow_frame, open_table, read_table, table_writer
 from .sources import column_from_mask
 
-# %% ../nbs/22_split.ipynb #3249343a
+# %% ../nbs/22_split.ipynb #23fa0c7f
 def _future_rows(future:Any, rows:int)->int:
     "The number of rows of the future."
     if isinstance(future, bool) or not isinstance(future, (int, float)) or not future > 0:
         raise RiskError(f'split: future must be a share of the rows such as 0.2, or a number of rows such as 5000; got {future!r}.')
-    if future >= 1 and future != int(future):
+    if future >= 1 and future % 1 != 0:
         raise RiskError(f'split: future is a share below 1 or a whole number of rows; got {future}.')
     count = int(future) if future >= 1 else round(future * rows)
     if not 0 < count < rows:
@@ -72,27 +72,28 @@ def _choose_last(rows:int, count:int)->Chooser:
 
     return choose
 
-# %% ../nbs/22_split.ipynb #15713d98
+# %% ../nbs/22_split.ipynb #e1dd0be2
 def _border(
-    days:npt.NDArray[np.float64], # (dates,) distinct dates in order
-    counts:npt.NDArray[np.int64], # (dates,) rows of each date
+    days:npt.NDArray[np.float64], # (days,) distinct days in order
+    counts:npt.NDArray[np.int64], # (days,) rows of each day
     count:int, # wanted rows of the future
-)->float: # the first date of the future
-    "The date that divides history and future."
+)->float: # the first day of the future
+    "The day that divides history and future."
     if len(days) < 2:
-        raise RiskError('split: by time needs at least two different dates.')
-    after = np.cumsum(counts[::-1])[::-1]  # rows on or after each date
+        raise RiskError('split: by time needs at least two different days.')
+    after = np.cumsum(counts[::-1])[::-1]  # rows on or after each day
     return float(days[1:][np.argmin(np.abs(after[1:] - count))])
 
-# %% ../nbs/22_split.ipynb #dd32ca13
+# %% ../nbs/22_split.ipynb #c314cc46
 def _dates(table:Path, contract:Contract)->tuple[npt.NDArray[np.float64], npt.NDArray[np.int64]]:
-    "Distinct dates of a table in order, and how many rows each has."
+    "Distinct days of a table in order, and how many rows each has."
     if contract.time is None:
         raise RiskError(f'split: by time needs a column with the role time in the contract {contract.name}.')
     name, days, counts, null = contract.time.name, np.zeros(0), np.zeros(0, dtype=np.int64), 0
     for frame in read_table(table, contract, [name]):
-        null += int(np.isnan(frame[name]).sum())
-        found, times = np.unique(frame[name][~np.isnan(frame[name])], return_counts=True)
+        dated = ~np.isnan(frame[name])
+        null += int((~dated).sum())
+        found, times = np.unique(np.floor(frame[name][dated]), return_counts=True)
         merged, place = np.unique(np.concatenate([days, found]), return_inverse=True)
         days, counts = merged, np.bincount(place, np.concatenate([counts, times])).astype(np.int64)
     if null:
@@ -195,16 +196,16 @@ def cv_folds(
 
     return list(StratifiedKFold(count, shuffle=True, random_state=cv.get('seed', 42)).split(np.zeros(len(target)), target))
 
-# %% ../nbs/22_split.ipynb #54bfe7e4
+# %% ../nbs/22_split.ipynb #0b95221b
 def _time_folds(target:npt.NDArray[np.float64], times:npt.NDArray[np.float64]|None, count:int)->Folds:
-    "Folds that learn from the past only; rows of one date stay together."
+    "Folds that learn from the past only; rows of one day stay together."
     if times is None or np.isnan(times).any():
         raise RiskError('cv: by time needs a date in every row of history. Say `null: false` for the time column, or use by: stratified.')
-    days, place, counts = np.unique(times, return_inverse=True, return_counts=True)
-    before = np.cumsum(counts) - counts  # rows before each date
+    days, place, counts = np.unique(np.floor(times), return_inverse=True, return_counts=True)
+    before = np.cumsum(counts) - counts  # rows before each day
     borders = [int(np.argmin(np.abs(before - len(times) * i / (count + 1)))) for i in range(1, count + 1)]
     if len({0, *borders}) <= count:
-        raise RiskError(f'cv: {len(days)} different dates, or very uneven ones, cannot make {count} folds by time. Use fewer folds.')
+        raise RiskError(f'cv: {len(days)} different days, or very uneven ones, cannot make {count} folds by time. Use fewer folds.')
     folds = [(np.flatnonzero(place < start), np.flatnonzero((place >= start) & (place < end)))
              for start, end in zip(borders, [*borders[1:], len(days)], strict=True)]
     problems = [f'fold {i}: all {len(rows):,} rows to {what} ({_day(times[rows].min())} to {_day(times[rows].max())}) are '

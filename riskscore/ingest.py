@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['with_related', 'Findings', 'check_source', 'ingest']
 
-# %% ../nbs/22_ingest.ipynb #5e94fea0
+# %% ../nbs/22_ingest.ipynb #b310359d
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.csv
 
-from .contract import ROWS_NAMED, RULES, Column, Contract, Violation
+from .contract import ROWS_NAMED, Column, Contract, Violation
 from .core import RiskError, atomic_path, canonical_json, digest_bytes, digest_file, listing, suggest, write_text
 from .datasets import Batch, Join, read_column, read_frames, read_ids, stored_batch, table_schema, table_writer
 from .sources import RawBatch, column_from_mask, column_from_text, read_raw, resolve_source, source_files
@@ -353,17 +353,16 @@ def check_source(
         findings.problems.append(f'{source} holds no rows of data.')
     return findings
 
-# %% ../nbs/22_ingest.ipynb #414cd799
+# %% ../nbs/22_ingest.ipynb #f814dd0e
 def ingest(
     source:str|Path, # a file, a folder of partitions, or a pattern
     contract:Contract, # what is expected
-    out:str|Path, # the Parquet file to write; rejects.csv goes beside it
+    out:str|Path, # the Parquet file to write; contract.json and rejects.csv go beside it
     *,
     bad_rows:str='refuse', # rows that break a hard rule: refuse the table, or set_aside
     related:str|Path|None=None, # folder of related tables that the contract names
-    contract_out:str|Path|None=None, # the effective contract; None for contract.json beside the table
     progress:Callable[[int], Any]|None=None, # is told how many rows were read
-)->dict[str, Any]: # what came in, as plain types for a report: rows, bad_rate, null_shares, findings, digests, ...
+)->dict[str, Any]: # what came in, as plain types for a report: rows, bad_rate, null_shares, soft, digests, ...
     "Streams a source to a typed table; one RiskError lists everything that is wrong with it."
     if bad_rows not in ('refuse', 'set_aside'):
         raise RiskError(f"bad_rows must be refuse or set_aside, got '{bad_rows}'.{suggest(bad_rows, ('refuse', 'set_aside'))}")
@@ -381,7 +380,7 @@ def ingest(
         _refuse(findings, effective, source, aside)
     if not aside:
         rejects.unlink(missing_ok=True)  # of an earlier run
-    write_text(contract_out or out.with_name('contract.json'), canonical_json(effective.to_dict()))
+    write_text(out.with_name('contract.json'), canonical_json(effective.to_dict()))
     return _summary(findings, effective, source, out)
 
 # %% ../nbs/22_ingest.ipynb #96325235
@@ -437,16 +436,15 @@ def _refuse(findings:Findings, contract:Contract, source:str|Path, aside:bool)->
         advice = '' if aside else ' or leave bad rows out with bad_rows: set_aside'
         raise RiskError(f'{source} does not fit the contract {contract.name}. Correct the data or the contract{advice}:', problems)
 
-# %% ../nbs/22_ingest.ipynb #c8dc5c6f
+# %% ../nbs/22_ingest.ipynb #a01472c6
 def _summary(findings:Findings, contract:Contract, source:str|Path, out:Path)->dict[str, Any]:
     "What came in."
-    found = [v for v in findings.violations.values() if v.rule not in ('unknown', 'missing')]
+    soft = [{'file': f, 'column': v.column, 'rule': v.rule, 'count': v.count, 'message': v.message}
+            for (f, _, _), v in findings.violations.items() if v.severity == 'soft']
     return {
         'rows': findings.kept, 'columns': len(contract.columns), 'bad': findings.bad, 'bad_rate': findings.bad / findings.kept,
         'set_aside': findings.rows - findings.kept, 'files': findings.files,
         'null_shares': {name: count / findings.kept for name, count in findings.nulls.items()},
-        'findings': {'column': [v.column for v in found], 'finding': [RULES[v.rule] for v in found],
-                     'severity': [v.severity for v in found], 'count': [v.count for v in found],
-                     'example': [v.example for v in found], 'expected': [v.expected for v in found]},
+        'soft': soft, 'hard': findings.messages('hard'),
         'source_digest': digest_bytes(canonical_json([(p.name, digest_file(p)) for p in source_files(source)]).encode()),
         'table_digest': digest_file(out), 'contract_digest': contract.digest}

@@ -113,7 +113,7 @@ class Prepared:
         "The binned features."
         return lgb.Dataset(self.binary, params={**DATASET_PARAMS, 'num_threads': threads}).construct()
 
-# %% ../nbs/26_models.ipynb #a9f188b3
+# %% ../nbs/26_models.ipynb #fb15b4c6
 def prepare_dataset(
     features:str|Path, # what write_features wrote
     plan:FeaturePlan, # names of the features, and which are categories
@@ -130,10 +130,11 @@ def prepare_dataset(
     data = lgb.Dataset(groups, outcomes, feature_name=_model_names(plan.names), categorical_feature=list(plan.categorical),
                        params={**DATASET_PARAMS, 'num_threads': threads})
     with atomic_path(out) as temporary:
+        _quiet()
         data.save_binary(temporary)
     return Prepared(Path(features), Path(out), tuple(plan.names), outcomes)
 
-# %% ../nbs/26_models.ipynb #fbeab676
+# %% ../nbs/26_models.ipynb #c343c60b
 def _check_outcomes(outcomes:npt.NDArray[np.float64], target:str)->None:
     "Refuses what nothing can be learnt from."
     if unknown := int((~np.isin(outcomes, (0, 1))).sum()):
@@ -142,6 +143,11 @@ def _check_outcomes(outcomes:npt.NDArray[np.float64], target:str)->None:
     if bad in (0, len(outcomes)):
         raise RiskError(f'{target}: all {len(outcomes):,} rows of history are {"bad" if bad else "good"}; a model needs both. '
                         'Check the bad value in the contract.')
+
+
+def _quiet()->None:
+    "LightGBM is as talkative as the last call that said so, and saving a Dataset says nothing of it."
+    lgb.Dataset(np.zeros((2, 1)), [0, 1], params={'verbosity': -1}).construct()
 
 
 def _model_names(names:Sequence[str])->list[str]:
@@ -200,7 +206,7 @@ class CrossValidation:
         "AUC of each fold at the best number of trees."
         return self.curve[self.rounds // EVERY - 1].tolist()
 
-# %% ../nbs/26_models.ipynb #990abb72
+# %% ../nbs/26_models.ipynb #d6ea1389
 def cross_validate(
     data:Prepared, # binned features
     folds:Folds, # rows to learn from and rows to predict
@@ -215,7 +221,7 @@ def cross_validate(
     "Grows a model in each fold, all in step, until their mean AUC stops rising."
     check_params(params)
     _check_folds(data.target, folds)
-    boosters = _fold_boosters(data, folds, {**_FIXED, **DATASET_PARAMS, 'seed': seed, 'num_threads': threads, **params})
+    boosters = _fold_boosters(data, folds, _all_params(params, seed, threads))
     curve: list[list[float]] = []
     best = 0
     while len(curve) - 1 - best < patience / EVERY and len(curve) * EVERY < max_rounds:
@@ -227,13 +233,21 @@ def cross_validate(
         booster.model_from_string(booster.model_to_string(num_iteration=rounds)).free_dataset()
     return CrossValidation(boosters, rounds, np.array(curve))
 
-# %% ../nbs/26_models.ipynb #69d98fd9
+# %% ../nbs/26_models.ipynb #ebcf4ae9
+def _all_params(params:Mapping[str, Any], seed:int, threads:int)->dict[str, Any]:
+    "What was chosen and what this page decides."
+    return {**_FIXED, **DATASET_PARAMS, 'seed': seed, 'num_threads': threads, **params}
+
+
 def _fold_boosters(data:Prepared, folds:Folds, params:dict[str, Any])->list[lgb.Booster]:
     "A model without trees for each fold."
     whole, boosters = data.open(params['num_threads']), []
-    for learn, check in folds:
-        booster = lgb.Booster(params, whole.subset(learn.tolist(), params))
-        boosters.append(booster.add_valid(whole.subset(check.tolist(), params), 'check'))
+    try:
+        for learn, check in folds:
+            booster = lgb.Booster(params, whole.subset(learn.tolist(), params))
+            boosters.append(booster.add_valid(whole.subset(check.tolist(), params), 'check'))
+    except lgb.basic.LightGBMError as error:
+        raise RiskError(f'LightGBM refuses a model parameter: {error}') from error
     return boosters
 
 
@@ -286,21 +300,20 @@ class Trained:
     curve: npt.NDArray[np.float64] # (looks, folds) AUC after 25, 50, … trees
     importance: dict[str, float] # feature to its share of the gain, largest first
 
-# %% ../nbs/26_models.ipynb #6f197ccd
+# %% ../nbs/26_models.ipynb #adec58de
 def train(
     data:Prepared, # binned features
     folds:Folds, # for the number of trees and the margins
     params:Mapping[str, Any], # as default_params or a search gives them
     *,
+    cv:CrossValidation|None=None, # of these folds and params, when a search has done it already
     seed:int=42, # of bagging and feature sampling
     threads:int=1, # threads of LightGBM
-    report:Callable[[int, float], Any]=lambda rounds, score: None, # is told the trees and the mean AUC of the folds so far
 )->Trained: # model text, margins out of fold, figures
     "Cross-validates, predicts out of fold and fits on all of history."
-    cv = cross_validate(data, folds, params, seed=seed, threads=threads, report=report)
+    cv = cv or cross_validate(data, folds, params, seed=seed, threads=threads)
     margins = oof_margins(data, folds, cv.boosters, threads)
-    final = {**_FIXED, **DATASET_PARAMS, 'seed': seed, 'num_threads': threads, **params}
-    booster = lgb.train(final, data.open(threads), cv.rounds)
+    booster = lgb.train(_all_params(params, seed, threads), data.open(threads), cv.rounds)
     gain = booster.feature_importance('gain')
     order = np.argsort(-gain, kind='stable')
     figures = [{'rows': len(check), 'bad': int(data.target[check].sum()), 'auc': score}

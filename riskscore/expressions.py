@@ -8,13 +8,14 @@ __all__ = ['Operand', 'LEAVES', 'MAX_NODES', 'MAX_DEPTH', 'log', 'log1p', 'exp',
            'total', 'std', 'year', 'month', 'day', 'weekday', 'parse', 'trace', 'from_json', 'Program',
            'compile_program']
 
-# %% ../nbs/02_expressions.ipynb #d19f3da6
+# %% ../nbs/02_expressions.ipynb #d5230ea2
 import ast
 import inspect
 import json
+import math
 import reprlib
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import reduce
 from itertools import repeat
@@ -89,10 +90,9 @@ class Expr:
         "Nested lists of text and numbers."
         return json.loads(json.dumps(self.key))
 
-# %% ../nbs/02_expressions.ipynb #dbbd29af
+# %% ../nbs/02_expressions.ipynb #4d0a6a96
 LEAVES = ('column', 'level', 'missing', 'number')
 MAX_NODES, MAX_DEPTH = 50_000, 300
-_LARGEST = sys.float_info.max
 
 
 def col(
@@ -101,15 +101,17 @@ def col(
     "A column by name."
     return Expr('column', (name,))
 
-# %% ../nbs/02_expressions.ipynb #497c6187
+# %% ../nbs/02_expressions.ipynb #64b2b577
 def as_expr(
     value:Operand, # an expression or a number
 )->Expr: # the same as an expression
     "A number as an expression."
     if isinstance(value, Expr):
         return value
-    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, bool) and abs(value) <= _LARGEST:
-        return Expr('number', (float(value),))
+    if isinstance(value, (int, float, np.integer, np.floating)) and not isinstance(value, (bool, np.timedelta64)):
+        with suppress(OverflowError):
+            if math.isfinite(value):
+                return Expr('number', (float(value),))
     shown = reprlib.repr(value)
     raise RiskError(f'A feature works on columns and finite numbers, got {shown}. Text is compared with a category: column == {shown}.')
 
@@ -235,7 +237,7 @@ def weekday(
     shifted = floor(date) + 3
     return shifted - 7 * floor(shifted / 7)
 
-# %% ../nbs/02_expressions.ipynb #40c00997
+# %% ../nbs/02_expressions.ipynb #90520812
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     'abs': _unary('abs'), 'log': log, 'log1p': log1p, 'exp': exp, 'sqrt': sqrt, 'floor': floor, 'isnull': isnull, 'where': where,
     'coalesce': coalesce, 'min': minimum, 'max': maximum, 'count': count, 'mean': mean, 'sum': total, 'std': std,
@@ -253,8 +255,8 @@ def parse(
 )->Expr: # the tree
     "Reads an expression from text."
     try:
-        if len(text) > MAX_LENGTH:
-            raise RiskError(f'it is longer than {MAX_LENGTH:,} characters')
+        if not isinstance(text, str) or len(text) > MAX_LENGTH:
+            raise RiskError(f'it is not text of up to {MAX_LENGTH:,} characters')
         return as_expr(_convert(ast.parse(text.strip(), mode='eval').body))
     except (SyntaxError, ValueError, TypeError, RecursionError, MemoryError) as error:
         raise RiskError(f'Cannot read the expression "{str(text)[:100]}": {str(error).rstrip(".")}. Allowed are numbers, columns, + - * /, '

@@ -104,7 +104,7 @@ def _kept_levels(counts:Mapping[str, Counter], min_count:int)->dict[str, list[st
     return {column: [level for level, n in sorted(c.items(), key=lambda item: (-item[1], item[0])) if n >= min_count]
             for column, c in counts.items()}
 
-# %% ../nbs/03_features.ipynb #d9b11ff9
+# %% ../nbs/03_features.ipynb #bc5d9cfd
 class FeaturePlan:
     "Features fitted on history: data, not code."
 
@@ -143,7 +143,10 @@ class FeaturePlan:
         matrix = np.empty((rows, len(self.names)), dtype=np.float32)
         for start in range(0, rows, block):
             part = slice(start, min(start + block, rows))
-            matrix[part] = self._finish(np.array([_encode(typed[c][part], codes, other) for c, codes, other in self._encoders]))
+            inputs = np.empty((len(self._encoders), part.stop - start))
+            for row, (column, codes, other) in zip(inputs, self._encoders, strict=True):
+                row[:] = _encode(typed[column][part], codes, other)
+            matrix[part] = self._finish(inputs)
         return matrix
 
     def _finish(self, inputs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:

@@ -108,7 +108,8 @@ class Odd:
 _WEST, _EAST = dt.timezone(dt.timedelta(hours=-14)), dt.timezone(dt.timedelta(hours=2))
 JUNK = [
     None, NAN, '', 'abc', ' ', '365243', '99', 'XNA', '2020-13-01', '2020-01-01T00:00:00+25:00', 'nan', 'inf', '1e5', '\ud800',
-    'long ' * 50, True, False, np.True_, np.False_, b'1', bytearray(b'x'), [1], [], (), (1, 2), {}, {'a': 1}, {1}, frozenset(), Odd(), object, 1j,
+    'long ' * 50, True, False, np.True_, np.False_, b'1', bytearray(b'x'), [1], [], (),
+    (1, 2), {}, {'a': 1}, {1}, frozenset(), Odd(), object, 1j,
     10**400, -10**400, 10**4000, 2**53 + 1, 2**63, -2**63, Decimal('1.5'), Decimal('NaN'), Fraction(1, 3),
     0.0, -0.0, 5e-324, 1.8e308, -1e308, math.inf, -math.inf, 1e16, 1e22, 0.1 + 0.2,
     np.float64(0.25), np.float32(0.1), np.float16(2.5), np.longdouble('0.1'), np.longdouble('1e4000'), np.float64('nan'), np.float32('inf'),

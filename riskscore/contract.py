@@ -484,17 +484,19 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
             return value, rule
     return value, ''
 
-# %% ../nbs/01_contract.ipynb #18d17703
+# %% ../nbs/01_contract.ipynb #af74ab42
 class _Loader(yaml.SafeLoader):
     "Safe YAML that refuses a repeated key; the key `null` is the word, not the value."
 
     def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
         if any(k.tag == 'tag:yaml.org,2002:merge' for k, _ in node.value):
             raise RiskError(f'A contract has no merge keys (<<), see line {node.start_mark.line + 1}: write the settings out.')
-        keys = [str(self.construct_object(k, deep=True)) for k, _ in node.value]
-        repeated = sorted(k for k, n in Counter(keys).items() if n > 1)
+        lines: dict[str, list[int]] = {}
+        for key, _ in node.value:
+            lines.setdefault(str(self.construct_object(key, deep=True)), []).append(key.start_mark.line + 1)
+        repeated = [f'{key} (lines {listing(found)})' for key, found in lines.items() if len(found) > 1]
         if repeated:
-            raise RiskError(f'A key stands twice in the contract near line {node.start_mark.line + 1}: {listing(repeated)}. Keep one.')
+            raise RiskError(f'A key stands twice in the contract: {listing(repeated)}. Keep one.')
         return {'null' if k is None else k: v for k, v in super().construct_mapping(node, deep).items()}
 
     def construct_yaml_int(self, node: Any) -> Any:

@@ -27,7 +27,7 @@ from .features import FeaturePlan
 from .sources import column_from_numpy, column_from_text
 from .split import Folds
 
-# %% ../nbs/26_models.ipynb #450f33c1
+# %% ../nbs/26_models.ipynb #181cff64
 def write_features(
     path:str|Path, # Parquet file to write
     plan:FeaturePlan, # fitted on history
@@ -48,12 +48,12 @@ def write_features(
             count += len(matrix)
     return count
 
-
+# %% ../nbs/26_models.ipynb #d3e91c80
 def _plain_column(values:npt.NDArray[Any])->pa.Array:
     "A typed column as it is: numbers with NaN for null, or text."
     return column_from_numpy(values, None, pa.float64()) if values.dtype.kind == 'f' else column_from_text(values.tolist())
 
-# %% ../nbs/26_models.ipynb #9c016c41
+# %% ../nbs/26_models.ipynb #09734318
 def read_features(
     path:str|Path, # what write_features wrote
     names:Sequence[str], # columns to read, in this order
@@ -63,7 +63,7 @@ def read_features(
     for group in range(file.num_row_groups):
         yield _group(file, group, names)
 
-
+# %% ../nbs/26_models.ipynb #efe9e872
 def _group(file:pq.ParquetFile, group:int, names:Sequence[str])->npt.NDArray[np.float32]:
     "One row group as a matrix."
     table = file.read_row_group(group, columns=list(names), use_threads=False).combine_chunks()
@@ -134,7 +134,7 @@ def prepare_dataset(
         data.save_binary(temporary)
     return Prepared(Path(features), Path(out), tuple(plan.names), outcomes)
 
-# %% ../nbs/26_models.ipynb #c343c60b
+# %% ../nbs/26_models.ipynb #37c2f51d
 def _check_outcomes(outcomes:npt.NDArray[np.float64], target:str)->None:
     "Refuses what nothing can be learnt from."
     if unknown := int((~np.isin(outcomes, (0, 1))).sum()):
@@ -144,12 +144,12 @@ def _check_outcomes(outcomes:npt.NDArray[np.float64], target:str)->None:
         raise RiskError(f'{target}: all {len(outcomes):,} rows of history are {"bad" if bad else "good"}; a model needs both. '
                         'Check the bad value in the contract.')
 
-
+# %% ../nbs/26_models.ipynb #f163b429
 def _quiet()->None:
     "LightGBM is as talkative as the last call that said so, and saving a Dataset says nothing of it."
     lgb.Dataset(np.zeros((2, 1)), [0, 1], params={'verbosity': -1}).construct()
 
-
+# %% ../nbs/26_models.ipynb #24380385
 def _model_names(names:Sequence[str])->list[str]:
     "Names that LightGBM accepts: without spaces and JSON signs, each once."
     plain = [re.sub(r'[\s",:\[\]{}]+', '_', name) for name in names]
@@ -165,10 +165,10 @@ def default_params(
             'min_data_in_leaf': int(np.clip(rows // 200, 5, 100)),
             'feature_fraction': round(float(np.clip(30 / features, 0.2, 1)), 2)}
 
-# %% ../nbs/26_models.ipynb #90edb887
+# %% ../nbs/26_models.ipynb #342c5929
 _FIXED = {'objective': 'binary', 'metric': 'auc', 'deterministic': True, 'force_row_wise': True}
 
-
+# %% ../nbs/26_models.ipynb #a2ac6ad8
 def check_params(
     names:Iterable[str], # parameters that somebody wants to set or search
 )->None:
@@ -182,7 +182,7 @@ def check_params(
     if problems:
         raise RiskError('These model parameters cannot be used; correct them and try again.', problems)
 
-
+# %% ../nbs/26_models.ipynb #9a739207
 @cache
 def _known_params()->frozenset[str]:
     "Names that LightGBM writes into a model, which are all that matter to one."
@@ -233,12 +233,12 @@ def cross_validate(
         booster.model_from_string(booster.model_to_string(num_iteration=rounds)).free_dataset()
     return CrossValidation(boosters, rounds, np.array(curve))
 
-# %% ../nbs/26_models.ipynb #ebcf4ae9
+# %% ../nbs/26_models.ipynb #a008b3bc
 def _all_params(params:Mapping[str, Any], seed:int, threads:int)->dict[str, Any]:
     "What was chosen and what this page decides."
     return {**_FIXED, **DATASET_PARAMS, 'seed': seed, 'num_threads': threads, **params}
 
-
+# %% ../nbs/26_models.ipynb #f0391b6d
 def _fold_boosters(data:Prepared, folds:Folds, params:dict[str, Any])->list[lgb.Booster]:
     "A model without trees for each fold."
     whole, boosters = data.open(params['num_threads']), []
@@ -250,14 +250,14 @@ def _fold_boosters(data:Prepared, folds:Folds, params:dict[str, Any])->list[lgb.
         raise RiskError(f'LightGBM refuses a model parameter: {error}') from error
     return boosters
 
-
+# %% ../nbs/26_models.ipynb #dee722a6
 def _grow(booster:lgb.Booster)->float:
     "Adds the trees of one step and looks at the AUC."
     for _ in range(EVERY):
         booster.update() # true when it found no split, which the next sample of features may change
     return float(booster.eval_valid()[0][2])
 
-
+# %% ../nbs/26_models.ipynb #4eff8ca9
 def _check_folds(target:npt.NDArray[np.float64], folds:Folds)->None:
     "Each part of each fold needs both outcomes."
     problems = [f'fold {i}: {int(target[rows].sum()):,} bad among {len(rows):,} rows to {what}'
@@ -300,7 +300,7 @@ class Trained:
     curve: npt.NDArray[np.float64] # (looks, folds) AUC after 25, 50, … trees
     importance: dict[str, float] # feature to its share of the gain, largest first
 
-# %% ../nbs/26_models.ipynb #adec58de
+# %% ../nbs/26_models.ipynb #7f8cbaa3
 def train(
     data:Prepared, # binned features
     folds:Folds, # for the number of trees and the margins
@@ -321,7 +321,7 @@ def train(
     return Trained(_model_text(booster), margins, dict(params), cv.rounds, figures, cv.curve,
                    {data.names[i]: float(gain[i] / max(gain.sum(), 1e-12)) for i in order})
 
-
+# %% ../nbs/26_models.ipynb #88b33e27
 def _model_text(booster:lgb.Booster)->str:
     "The model without what differs from run to run."
     return re.sub(r'(?m)^\[num_threads: .*\]$', '[num_threads: 0]', booster.model_to_string())

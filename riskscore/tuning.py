@@ -33,7 +33,7 @@ def default_space(
             'bagging_fraction': {'low': 0.5, 'high': 0.95},
             'lambda_l2': {'low': 1.0, 'high': 100.0, 'log': True}}
 
-# %% ../nbs/27_tuning.ipynb #17ac8e77
+# %% ../nbs/27_tuning.ipynb #aa0a429e
 def check_space(
     space:Mapping[str, Any], # parameter to range or list of choices
 )->None:
@@ -42,7 +42,7 @@ def check_space(
     if problems := [f'{name}: {problem}' for name, domain in space.items() if (problem := _domain_problem(domain))]:
         raise RiskError('The search space cannot be used; correct it and try again.', problems)
 
-
+# %% ../nbs/27_tuning.ipynb #fab20f27
 def _domain_problem(domain:Any)->str:
     "What is wrong with a range or list of choices, in words."
     if isinstance(domain, list):
@@ -84,7 +84,7 @@ class Search:
     trials: list[Trial]
     chosen: int # number of the trial that was kept
 
-# %% ../nbs/27_tuning.ipynb #29fca952
+# %% ../nbs/27_tuning.ipynb #406ab96e
 def search(
     data:Prepared, # binned features
     folds:Folds, # of the contract
@@ -107,7 +107,7 @@ def search(
     job = _Job(data, folds, start, space, settings, time.monotonic() + seconds if seconds else float('inf'))
     with _quiet_optuna():
         sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=4, multivariate=True)
-        pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=100)
+        pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=150)
         study = optuna.create_study(direction='maximize', sampler=sampler, pruner=pruner)
         study.enqueue_trial({name: _nearest(domain, start.get(name)) for name, domain in space.items()})
         study.optimize(job.run, n_trials, callbacks=[lambda study, trial: job.close(study, trial, report)])
@@ -161,7 +161,7 @@ class _Job:
         best = self.best()
         return best if best and beats(self.found[best].scores, self.found[0].scores) else 0
 
-# %% ../nbs/27_tuning.ipynb #2baface9
+# %% ../nbs/27_tuning.ipynb #693ced0c
 def _draw(trial:optuna.Trial, name:str, domain:Any)->Any:
     "A value of one parameter."
     if isinstance(domain, list):
@@ -171,14 +171,14 @@ def _draw(trial:optuna.Trial, name:str, domain:Any)->Any:
         return trial.suggest_int(name, low, high, log=log)
     return trial.suggest_float(name, float(low), float(high), log=log)
 
-
+# %% ../nbs/27_tuning.ipynb #fd374fa7
 def _nearest(domain:Any, value:Any)->Any:
     "The value of a domain that is nearest to a wanted one; without a wish its first choice, or its lower end."
     if isinstance(domain, list):
         return value if value in domain else domain[0]
     return domain['low'] if value is None else min(max(value, domain['low']), domain['high'])
 
-
+# %% ../nbs/27_tuning.ipynb #7e08c118
 def _check_budget(n_trials:Any, seconds:Any)->None:
     "Refuses a search that cannot end or cannot begin."
     if isinstance(n_trials, bool) or not isinstance(n_trials, int) or n_trials < 1:
@@ -186,7 +186,7 @@ def _check_budget(n_trials:Any, seconds:Any)->None:
     if seconds is not None and (isinstance(seconds, bool) or not isinstance(seconds, (int, float)) or not seconds > 0):
         raise RiskError(f'The time budget is a number of seconds above 0, or null for none; got {seconds!r}.')
 
-
+# %% ../nbs/27_tuning.ipynb #841852ba
 @contextmanager
 def _quiet_optuna()->Iterator[None]:
     "Optuna writes a line for each trial; the caller is told through `report` instead."

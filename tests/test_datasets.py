@@ -106,8 +106,16 @@ def test_the_stored_table_reads_back_as_it_was(tmp_path, contract):
     stored = list(read_table(tmp_path / 'out' / 'table.parquet', load_contract(tmp_path / 'out' / 'contract.json')))
     assert_same({n: np.concatenate([f[n] for f in stored]) for n in stored[0]}, frame_of(source, contract))
     types = {f.name: str(f.type) for f in pq.ParquetFile(tmp_path / 'out' / 'table.parquet').schema_arrow}
-    assert types == {'loan': 'int64', 'age': 'int64', 'salary': 'double', 'job': 'dictionary<values=string, indices=int32, ordered=0>',
-                     'signed': 'timestamp[ms]', 'owner': 'int8', 'paid': 'int8'}
+    levels = 'dictionary<values=string, indices=int32, ordered=0>'
+    assert types == {'loan': 'int64', 'age': 'int64', 'salary': 'double', 'job': levels, 'signed': 'timestamp[ms]', 'owner': levels, 'paid': levels}
+
+
+def test_the_typed_table_keeps_its_own_contract(tmp_path, contract):
+    source = write(tmp_path / 'loans.csv', *ROWS)
+    ingest(source, contract, tmp_path / 'table.parquet')
+    ingest(tmp_path / 'table.parquet', contract, tmp_path / 'again.parquet')
+    assert_same(frame_of(tmp_path / 'table.parquet', contract), frame_of(source, contract))
+    assert pq.ParquetFile(tmp_path / 'again.parquet').read().equals(pq.ParquetFile(tmp_path / 'table.parquet').read())
 
 
 def test_equal_input_gives_equal_bytes(tmp_path, contract):

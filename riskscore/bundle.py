@@ -122,7 +122,7 @@ def load_bundle(
     return Scorer(_version(files['manifest.json']), parse_contract(content['contract'], f'{directory}/contract.json'), plan, booster,
                   Calibration(**content['calibration']), Policy(**content['policy']), content['metadata'])
 
-# %% ../nbs/09_bundle.ipynb #6e0195f9
+# %% ../nbs/09_bundle.ipynb #2c785b9f
 def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     "All files of a bundle, each equal to its digest."
     try:
@@ -133,7 +133,8 @@ def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RiskError(f'{directory} is no complete bundle: {error}. Build one with `ploomber build`.') from error
     if version != BUNDLE_FORMAT:
-        raise RiskError(f'Bundle {directory} has format {version}, this package reads format {BUNDLE_FORMAT}. Install the package that made it, or train again.')
+        raise RiskError(f'Bundle {directory} has format {version}, this package reads format {BUNDLE_FORMAT}. '
+                        'Install the package that made it, or train again.')
     changed = [name for name in _FILES if stated.get(name) != digest_bytes(files[name])]
     changed += ['manifest.json'] if expected and expected != _version(manifest) else []
     if changed:

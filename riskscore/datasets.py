@@ -292,7 +292,7 @@ class Batch:
         bad[list(self.reasons)] = True
         return bad
 
-# %% ../nbs/21_datasets.ipynb #1af9e81c
+# %% ../nbs/21_datasets.ipynb #cd16ef95
 def read_column(
     column:Column, # what the contract says
     given:pa.Array|npt.NDArray[Any]|None, # (rows,) as read or joined; None when the table lacks the column
@@ -306,8 +306,8 @@ def read_column(
     typed, unreadable = _read_array(column, values)
     found = []
     for rule, mask in _limit_masks(column, typed, unreadable).items():
-        broken = mask[codes] if codes is not None and mask.any() else mask
-        if not mask.any() or not broken.any():
+        broken = mask if codes is None or not mask.any() else mask[codes]
+        if not broken.any():
             continue
         shown = values if rule in ('type', 'level') else typed
         severity = 'soft' if rule in SOFT else 'hard'
@@ -412,13 +412,13 @@ def stored_batch(
             columns.append(_stored_numbers(typed.rows, column))
     return pa.RecordBatch.from_arrays(columns, schema=table_schema(contract))
 
-# %% ../nbs/21_datasets.ipynb #7e7357e9
+# %% ../nbs/21_datasets.ipynb #c0b53061
 def _stored_numbers(values:npt.NDArray[np.float64], column:Column)->pa.Array:
     "Numbers, flags and dates in the width they are stored in."
     kind, null = _arrow_type(column), np.isnan(values)
-    numbers = np.where(null, 0.0, values)
     if pa.types.is_floating(kind):
-        return column_from_numpy(numbers, null, kind)
+        return column_from_numpy(values, null, kind)
+    numbers = np.where(null, 0.0, values)
     if np.abs(numbers).max(initial=0.0) >= 2**63:
         raise RiskError(f'column {column.name}: whole numbers are stored in 64 bits and {np.abs(numbers).max():g} does not fit. '
                         'If it is a code, give it the kind category; if it is an amount, the kind number.')

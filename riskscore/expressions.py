@@ -237,7 +237,7 @@ def weekday(
     shifted = floor(date) + 3
     return shifted - 7 * floor(shifted / 7)
 
-# %% ../nbs/02_expressions.ipynb #90520812
+# %% ../nbs/02_expressions.ipynb #9e282c09
 FUNCTIONS: dict[str, Callable[..., Expr]] = {
     'abs': _unary('abs'), 'log': log, 'log1p': log1p, 'exp': exp, 'sqrt': sqrt, 'floor': floor, 'isnull': isnull, 'where': where,
     'coalesce': coalesce, 'min': minimum, 'max': maximum, 'count': count, 'mean': mean, 'sum': total, 'std': std,
@@ -251,7 +251,7 @@ MAX_LENGTH = 2_000
 
 
 def parse(
-    text:str, # arithmetic over columns, for example "BILL_AMT1 / LIMIT_BAL"
+    text:str, # arithmetic over columns, for example "debt / income"
 )->Expr: # the tree
     "Reads an expression from text."
     try:

@@ -6,7 +6,7 @@
 __all__ = ['PLAN_VERSION', 'feature', 'declared_features', 'feature_meanings', 'feature_expressions', 'FeaturePlan', 'fit_plan',
            'plan_to_json', 'plan_from_json']
 
-# %% ../nbs/03_features.ipynb #f062c885
+# %% ../nbs/03_features.ipynb #00e0a4d2
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from .contract import Column, Contract
 from .core import Frame, RiskError, canonical_json, frame_rows, suggest
-from .expressions import LEAVES, Expr, Operand, Program, col, compile_program, from_json, isnull, parse, trace
+from .expressions import LEAVES, Expr, Operand, Program, col, compile_program, from_json, parse, trace
 
 # %% ../nbs/03_features.ipynb #27191be6
 _DECLARED: dict[str, dict[str, Callable[..., Operand]]] = {}
@@ -72,7 +72,7 @@ def _kind(contract:Contract, column:str)->str:
     "Kind of a column, or an empty string when there is no such column."
     return contract.columns[column].kind if column in contract.columns else ''
 
-# %% ../nbs/03_features.ipynb #cf9a2b2b
+# %% ../nbs/03_features.ipynb #5794e526
 def _check_use(contract:Contract, leaf:Expr, name:str, known:Mapping[str, Expr])->None:
     "Refuses a column that a feature may not use, or not in this way."
     column = contract.columns.get(leaf.args[0])
@@ -81,8 +81,9 @@ def _check_use(contract:Contract, leaf:Expr, name:str, known:Mapping[str, Expr])
     if column.role in ('target', 'leak'):
         raise RiskError(f'feature {name}: column {column.name} has the role {column.role} and is not known when the decision is made.')
     if (column.kind == 'category') != (leaf.op == 'level'):
-        usage = f'is a category: compare it with a level, {column.name} == "a level"' if column.kind == 'category' else 'is no category: compare it with a number'
-        raise RiskError(f'feature {name}: column {column.name} {usage}.')
+        what = f'is a category: compare it with a level, {column.name} == "a level"'
+        what = what if column.kind == 'category' else 'is no category: compare it with a number'
+        raise RiskError(f'feature {name}: column {column.name} {what}.')
     if leaf.op == 'level' and column.levels and leaf.args[1] not in column.known:
         raise RiskError(f"feature {name}: column {column.name} has no level '{leaf.args[1]}'.{suggest(leaf.args[1], column.levels)}")
 
@@ -224,7 +225,7 @@ def plan_to_json(
     "A plan as text, equal for equal plans."
     return canonical_json({'version': PLAN_VERSION, 'levels': plan.levels, 'outputs': [[n, e.to_json()] for n, e in plan.outputs.items()]})
 
-# %% ../nbs/03_features.ipynb #79e6e103
+# %% ../nbs/03_features.ipynb #1191a841
 def plan_from_json(
     text:str, # what plan_to_json gave
 )->FeaturePlan: # the same plan
@@ -236,5 +237,6 @@ def plan_from_json(
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise RiskError(f'This is no feature plan: {error}. Rebuild the bundle.') from error
     if version != PLAN_VERSION:
-        raise RiskError(f'The feature plan has version {version}, this package reads version {PLAN_VERSION}. Rebuild the bundle or install the package that made it.')
+        raise RiskError(f'The feature plan has version {version}, this package reads version {PLAN_VERSION}. '
+                        'Rebuild the bundle or install the package that made it.')
     return FeaturePlan({name: from_json(tree) for name, tree in outputs.items()}, levels)

@@ -27,7 +27,8 @@ def write_table(path, days, bad, group_rows: int = 10_000):
     rows, contract = len(days), contract_of()
     dates = [None if d is None else dt.datetime(1970, 1, 1) + dt.timedelta(days=float(d)) for d in days]
     jobs = pa.array([['clerk', 'nurse', None][i % 3] for i in range(rows)]).dictionary_encode()
-    columns = [pa.array(range(rows)), jobs, pa.array(np.arange(rows) / 7), pa.array(dates, pa.timestamp('ms')), pa.array([str(int(b)) for b in bad]).dictionary_encode()]
+    outcomes = pa.array([str(int(b)) for b in bad]).dictionary_encode()
+    columns = [pa.array(range(rows)), jobs, pa.array(np.arange(rows) / 7), pa.array(dates, pa.timestamp('ms')), outcomes]
     batch = pa.RecordBatch.from_arrays(columns, schema=table_schema(contract))
     with table_writer(path, batch.schema) as out:
         for start in range(0, rows, group_rows):

@@ -81,7 +81,7 @@ def canonical_json(
     except (TypeError, ValueError) as error:
         raise RiskError(f'Only finite numbers, text, lists and mappings can be stored as JSON: {error}.') from error
 
-# %% ../nbs/00_core.ipynb #4b310621
+# %% ../nbs/00_core.ipynb #234a86fc
 _WRITE_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM,
                  errno.EISDIR, errno.ENOTDIR, errno.EEXIST, errno.ENOTEMPTY, errno.ENAMETOOLONG}
 
@@ -91,7 +91,7 @@ def atomic_path(
     path:str|Path, # where the finished file or directory shall be
 )->Iterator[Path]: # where to write it; its suffixes are kept, so that writers choose the same format
     "Write to a temporary neighbour, then rename it into place; on any error nothing changes."
-    path = Path(os.path.realpath(path)) if Path(path).is_symlink() else Path(path)
+    path = Path(os.path.realpath(path) if os.path.islink(path) else path)
     temporary = path.parent / f'.{uuid.uuid4().hex[:8]}.partial.{path.name[-50:]}'
     try:
         _check_place(path)
@@ -162,10 +162,10 @@ def _swap(temporary:Path, path:Path)->None:
             raise
     _remove(old)
 
-# %% ../nbs/00_core.ipynb #e98050e2
+# %% ../nbs/00_core.ipynb #9d9b9ce9
 def _remove(path:Path)->None:
     "Remove a file or directory that may not be there; what went wrong before matters more than that it stays."
-    if path.is_dir():
+    if os.path.isdir(path):
         shutil.rmtree(path, ignore_errors=True)
     else:
         with suppress(OSError):
@@ -180,13 +180,13 @@ def write_text(
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding='utf-8')
 
-# %% ../nbs/00_core.ipynb #f6d11d11
+# %% ../nbs/00_core.ipynb #27f89a8c
 def listing(
     items:Sequence[object], # what to name
     total:int|None=None, # how many there are in all, when `items` holds only the first
     show:int=5, # how many to name
 )->str: # "3, 8, 12 and 4 more"
     "Names the first few items and counts the rest."
-    total = len(items) if total is None else total
-    named = ', '.join(str(i) for i in items[:show])
-    return named if total <= show else f'{named} and {total - min(show, len(items)):,} more'
+    named = [str(i) for i in items[:show]]
+    rest = (len(items) if total is None else total) - len(named)
+    return ', '.join(named) + (f' and {rest:,} more' if rest else '')

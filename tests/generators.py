@@ -274,3 +274,71 @@ _PLAIN = {
     'year': lambda d: _moment(d).year, 'month': lambda d: _moment(d).month,
     'day': lambda d: _moment(d).day, 'weekday': lambda d: _moment(d).weekday(),
 }
+
+
+# ---------------------------------------------------------------- whole portfolios, by a seed
+
+def portfolio(seed: int, rows: int) -> tuple[dict, dict[str, list]]:
+    "A contract over columns of every kind, with odd names, and a table that fits it, whose outcome depends on the columns."
+    rng = np.random.default_rng(seed)
+    names = rng.permutation(NAMES).tolist()
+    kinds = ['number', 'number', 'integer', 'category', 'flag', 'date',
+             *rng.choice(['number', 'integer', 'category', 'flag', 'date'], rng.integers(0, 5)).tolist()]
+    table, raw, risk = {}, {}, rng.normal(0, 0.3, rows)
+    for kind in kinds:
+        name = names.pop()
+        table[name], raw[name], effect = _column_of(kind, rows, rng)
+        risk += rng.choice([-1, 1]) * rng.uniform(0.3, 1.2) * effect
+    roles = {k: [n for n, c in table.items() if c['kind'] == k] for k in kinds}
+    table |= {'loan id': {'kind': 'integer', 'role': 'id'}, 'asked': {'kind': 'date', 'role': 'time'},
+              'sum': {'kind': 'number', 'hard': [0, None], 'null': False}}
+    start = dt.date(2021, 1, 1)
+    raw |= {'loan id': list(range(1000, 1000 + rows)), 'asked': [(start + dt.timedelta(days=int(d))).isoformat() for d in np.sort(rng.integers(0, 1200, rows))],
+            'sum': np.round(rng.lognormal(8, 1, rows), 2).tolist()}
+    good, bad = [['0', '1'], ['1', '0'], ['paid', 'late'], ['N', 'S']][rng.integers(4)]
+    table['outcome'] = {'kind': rng.choice(['flag', 'category']).item(), 'role': 'target', 'levels': [good, bad], 'bad': bad}
+    raw['outcome'] = np.where(rng.random(rows) < 1 / (1 + np.exp(1.3 - 1.5 * risk)), bad, good).tolist()
+    if rng.random() < 0.5:
+        table['score of the bureau'] = {'kind': 'number', 'role': 'leak'}
+        raw['score of the bureau'] = risk.round(3).tolist()
+    return {'name': f'generated_{seed}', 'title': 'Generated', 'value': MONEY, 'currency': 'EUR', 'amount': [None, 'sum'][rng.integers(2)],
+            'rare': {'min_count': int(rng.integers(0, 30))}, 'derived': _derived(roles, table), 'columns': table,
+            'split': {'by': rng.choice(['random', 'time', 'order']).item(), 'future': 0.25},
+            'cv': {'by': rng.choice(['stratified', 'time']).item(), 'folds': 3, 'seed': 1}}, raw
+
+
+def _column_of(kind: str, rows: int, rng) -> tuple[dict, list, np.ndarray]:
+    "Settings, raw values and effect on the risk of one column."
+    effect = rng.normal(size=rows)
+    words = {'words': {'en': 'Something', 'es': 'Algo'}, 'group': rng.choice(['a', 'b']).item()}
+    if kind in ('number', 'integer'):
+        scale, shift = 10.0 ** rng.integers(-2, 6), rng.choice([0, 5])
+        values = (effect + shift) * scale
+        values = np.rint(values * 100 / scale) if kind == 'integer' else values.round(6)
+        settings, values = {'range': [float(v) for v in np.quantile(values, [0.01, 0.99])], 'special': [-999999, 'unknown']}, values.tolist()
+        values = ['unknown' if u < 0.01 else -999999 if u < 0.05 else v for v, u in zip(values, rng.random(rows), strict=True)]
+    elif kind == 'category':
+        levels = rng.permutation([v for v in LEVELS if v.strip() and v != 'XNA' and v != 'None']).tolist()[:rng.integers(3, 8)]
+        share = rng.dirichlet(np.full(len(levels), 0.8))
+        codes = rng.choice(len(levels), rows, p=share)
+        effect, values = rng.normal(size=len(levels))[codes], [levels[c] for c in codes]
+        settings = {'levels': levels[:-1] if rng.random() < 0.5 else levels, 'special': ['XNA']}
+    elif kind == 'flag':
+        levels = [['0', '1'], ['N', 'Y'], ['no es', 'sí es']][rng.integers(3)]
+        values, settings = [levels[int(e > 0)] for e in effect], {'levels': levels}
+    else:
+        values = [(dt.date(1990, 6, 1) + dt.timedelta(days=int(1000 * e))).isoformat() for e in effect]
+        settings = {'range': ['1980-01-01', '2000-12-31'], 'temporal': True}
+    nulls = rng.random(rows) < rng.choice([0, 0.02, 0.5])
+    settings |= {} if nulls.any() or 'special' in settings else {'null': False}
+    return {'kind': kind, **settings, **words}, [None if n else v for v, n in zip(values, nulls, strict=True)], np.where(nulls, 0, effect)
+
+
+def _derived(roles: dict[str, list[str]], table: dict) -> dict[str, str]:
+    "A feature of each sort."
+    a, b = (_column(n) for n in roles['number'][:2])
+    whole, flag, date, word = (_column(roles[k][0]) for k in ('integer', 'flag', 'date', 'category'))
+    level = table[roles['category'][0]]['levels'][0]
+    return {'ratio': f'{a} / {b}', 'log size': f'log1p(abs({whole}))', 'none': f'isnull({word})', 'is it': f'{word} == {level!r}',
+            'month': f'month({date})', 'spread': f'std({a}, {b}, {whole})', 'both': f'where({flag} == 1, {a}, coalesce({b}, 0))',
+            'again': 'col("ratio") * col("month")'}

@@ -55,7 +55,7 @@ def rejected_path(
     "Where the rows that were set aside are listed."
     return Path(out).with_suffix('.rejected.csv')
 
-# %% ../nbs/30_batch.ipynb #c87f740d
+# %% ../nbs/30_batch.ipynb #d93dfa25
 def _header_notes(
     batch:Batch, # the first rows
     scorer:Scorer, # what the model reads
@@ -68,11 +68,14 @@ def _header_notes(
     read = {*scorer.plan.columns, scorer.policy.amount} - {None, *names, *missing}
     absent = [n for n in contract.columns if n in read and _all_null(batch.frame[n])]
     if missing or (absent and unknown and not ignore_unknown):
+        near = {n: suggest(n, unknown) for n in absent}
         problems = [f'column {n} is required and missing.{suggest(n, unknown)}' for n in missing]
-        problems += [f'column {n} is missing.{suggest(n, unknown)}' for n in absent]
-        problems += [f'unknown columns: {listing(unknown, show=20)}'] if unknown else []
-        raise RiskError(f'{batch.file} does not fit the contract {contract.name}. Rename its columns, or say --ignore-unknown if the '
-                        'unknown ones are extras and the missing ones are really not known:', problems)
+        problems += [f'column {n} is missing.{hint}' for n, hint in near.items() if hint]
+        others = [n for n, hint in near.items() if not hint]
+        problems += [f'missing{" too" if problems else ""}: {listing(others)}'] if others else []
+        problems += [f'unknown: {listing(unknown)}'] if unknown else []
+        raise RiskError(f'{batch.file} does not fit the contract {contract.name}. Is it the right file, and read with the right delimiter? Rename its '
+                        'columns, or say --ignore-unknown if the unknown ones are extras and the missing ones are really not known:', problems)
     notes = [f'ignored columns that are not in the contract: {listing(unknown, show=20)}'] if unknown else []
     return notes + ([f'columns not in the file, read as missing values: {listing(absent, show=20)}'] if absent else [])
 

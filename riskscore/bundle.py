@@ -23,7 +23,7 @@ from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, f
 from .features import FeaturePlan, plan_from_json, plan_to_json
 from .policy import Policy, score_points
 
-# %% ../nbs/09_bundle.ipynb #2bb131ea
+# %% ../nbs/09_bundle.ipynb #5e403e6e
 BUNDLE_FORMAT = 1
 _FILES = ('model.txt', 'plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json')
 
@@ -41,7 +41,7 @@ def write_bundle(
     "Writes a bundle; it appears complete or not at all."
     content = {
         'model.txt': model_text, 'plan.json': plan_to_json(plan), 'calibration.json': canonical_json(asdict(calibration)),
-        'policy.json': canonical_json(policy.to_dict()), 'contract.json': canonical_json(contract.to_dict()),
+        'policy.json': canonical_json(policy.to_dict()), 'contract.json': contract.to_json(),
         'metadata.json': canonical_json(metadata),
     }
     manifest = canonical_json({'format': BUNDLE_FORMAT, 'files': {n: digest_bytes(t.encode()) for n, t in content.items()}})

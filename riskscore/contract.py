@@ -343,7 +343,7 @@ class Checked:
         "The violations that refuse rows or the whole table."
         return [v for v in self.violations if v.severity == 'hard']
 
-# %% ../nbs/01_contract.ipynb #398a9169
+# %% ../nbs/01_contract.ipynb #e8220f07
 @dataclass(frozen=True)
 class Contract:
     "All that is specific to one table."
@@ -396,6 +396,10 @@ class Contract:
         plain = {k: v for k, v in asdict(self).items() if k != 'columns'}
         columns = {n: _column_dict(c) for n, c in self.columns.items()}
         return json.loads(json.dumps(plain)) | {'columns': columns}
+
+    def to_json(self) -> str:
+        "What a pipeline stores and `load_contract` reads back; columns and features keep their order, as later features use earlier ones."
+        return json.dumps(self.to_dict(), separators=(',', ':'), ensure_ascii=False, allow_nan=False)
 
 # %% ../nbs/01_contract.ipynb #d4a38c94
 def _column_dict(column:Column)->dict[str, Any]:
@@ -505,13 +509,15 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor('tag:yaml.org,2002:int', _Loader.construct_yaml_int)
 
-# %% ../nbs/01_contract.ipynb #e691dc85
+# %% ../nbs/01_contract.ipynb #5b65b3a8
 def load_contract(
     path:str|Path, # a YAML file, or the JSON form that a pipeline writes
 )->Contract: # validated
     "Reads a contract; one RiskError lists everything that is wrong with it."
+    form = 'JSON' if Path(path).suffix == '.json' else 'YAML'
     try:
-        content = yaml.load(Path(path).read_text(encoding='utf-8'), Loader=_Loader)  # a subclass of SafeLoader: builds plain types only
+        text = Path(path).read_text(encoding='utf-8')
+        content = json.loads(text) if form == 'JSON' else yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain types only
     except OSError as error:
         raise RiskError(f'Cannot read the contract {path}: {error.strerror}. Committed contracts are in data/contracts; '
                         'make one with `riskscore contract infer FILE --target COLUMN`.') from error
@@ -520,7 +526,7 @@ def load_contract(
     except RiskError as error:
         raise RiskError(f'{path}: {error}') from error
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise RiskError(f'The contract {path} is not valid YAML: {" ".join(str(error).split())}') from error
+        raise RiskError(f'The contract {path} is not valid {form}: {" ".join(str(error).split())}') from error
     return parse_contract(content, str(path))
 
 # %% ../nbs/01_contract.ipynb #0c4fef3c

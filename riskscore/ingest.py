@@ -288,7 +288,7 @@ class _Pass:
     scratch: Path | None = None  # folder for temporary files
     aside: bool = False  # are bad rows set aside, so that their ids are free?
 
-# %% ../nbs/22_ingest.ipynb #b2530404
+# %% ../nbs/22_ingest.ipynb #840924ae
 def _scan(
     job:_Pass, # what to read
     handle:Callable[[Batch], None]=lambda batch: None, # is given each batch
@@ -296,25 +296,26 @@ def _scan(
 )->tuple[Findings, npt.NDArray[np.int64]]: # what was found; (repeats, 2) key and place of each row with a repeated id
     "Reads a whole source."
     findings, files = Findings(), source_files(job.source)
+    names = [p.name if sum(q.name == p.name for q in files) == 1 else str(p) for p in files]
     with closing(_Repeats(job.scratch)) as repeats:
         for number, path in enumerate(files):
-            findings.files[path.name] = 0
+            findings.files[names[number]] = 0
             try:
                 for batch in read_frames(path, job.contract, need_target=job.need_target, join=job.join):
                     places = (number << _FILE_BITS) + batch.rows
-                    if drop is not None:
-                        batch = _without(batch, np.isin(places, drop[:, 1]), job.contract)
+                    repeated = np.isin(places, drop[:, 1]) if drop is not None else None
+                    batch = _prepared(batch, names[number], repeated, job.contract)
                     findings.add(batch, job.contract)
                     _note_ids(repeats, batch, places, job)
                     handle(batch)
                     if job.progress:
                         job.progress(findings.rows)
             except RiskError as error:
-                findings.problems.append(str(error))
-        repeated = repeats.find()
-    for key, place in repeated.tolist() if drop is None else ():
-        findings.note(files[place >> _FILE_BITS].name, _repeat(job.contract.id, place & ((1 << _FILE_BITS) - 1), key))
-    return findings, repeated
+                findings.problems += [str(error)] if str(error) not in findings.problems else []
+        found = repeats.find()
+    for key, place in found.tolist() if drop is None else ():
+        findings.note(names[place >> _FILE_BITS], _repeat(job.contract.id, place & ((1 << _FILE_BITS) - 1), key))
+    return findings, found
 
 # %% ../nbs/22_ingest.ipynb #8051af4b
 def _note_ids(repeats:_Repeats, batch:Batch, places:npt.NDArray[np.int64], job:_Pass)->None:
@@ -332,11 +333,12 @@ def _repeat(column:Column|None, row:int, key:int)->Violation:
     example = str(key) if column and column.kind == 'integer' else ''
     return Violation(name, 'duplicate', 'hard', 1, (row,), example, 'each id once in the table')
 
-# %% ../nbs/22_ingest.ipynb #f5336fda
-def _without(batch:Batch, repeated:npt.NDArray[np.bool_], contract:Contract)->Batch:
-    "The batch with repeated rows counted as bad."
-    reason = f'{contract.id.name if contract.id else ""}: given more than once'
-    return replace(batch, reasons={**batch.reasons, **{int(i): [reason] for i in np.flatnonzero(repeated)}})
+# %% ../nbs/22_ingest.ipynb #9e420218
+def _prepared(batch:Batch, name:str, repeated:npt.NDArray[np.bool_]|None, contract:Contract)->Batch:
+    "The batch under the name of its file, with repeated rows counted as bad."
+    reason = [f'{contract.id.name if contract.id else ""}: given more than once']
+    again = {int(i): reason for i in np.flatnonzero(repeated)} if repeated is not None else {}
+    return replace(batch, file=name, reasons={**batch.reasons, **again})
 
 # %% ../nbs/22_ingest.ipynb #4cd2895e
 def check_source(
@@ -353,7 +355,7 @@ def check_source(
         findings.problems.append(f'{source} holds no rows of data.')
     return findings
 
-# %% ../nbs/22_ingest.ipynb #f814dd0e
+# %% ../nbs/22_ingest.ipynb #917f7612
 def ingest(
     source:str|Path, # a file, a folder of partitions, or a pattern
     contract:Contract, # what is expected
@@ -380,7 +382,7 @@ def ingest(
         _refuse(findings, effective, source, aside)
     if not aside:
         rejects.unlink(missing_ok=True)  # of an earlier run
-    write_text(out.with_name('contract.json'), canonical_json(effective.to_dict()))
+    write_text(out.with_name('contract.json'), effective.to_json())
     return _summary(findings, effective, source, out)
 
 # %% ../nbs/22_ingest.ipynb #96325235
@@ -407,7 +409,7 @@ def _reject_writer(file:pa.NativeFile, contract:Contract)->pyarrow.csv.CSVWriter
     options = pyarrow.csv.WriteOptions(quoting_style='needed')
     return pyarrow.csv.CSVWriter(file, pa.schema([(n, pa.string()) for n in names]), write_options=options)
 
-# %% ../nbs/22_ingest.ipynb #42d41c08
+# %% ../nbs/22_ingest.ipynb #7e27d4ab
 def _reject_batch(batch:Batch, contract:Contract)->pa.RecordBatch:
     "The bad rows of a batch with the reason, as text; lines that are no rows have only the reason."
     bad, given = batch.raw.filter(column_from_mask(batch.bad_rows)), set(batch.raw.schema.names)
@@ -416,9 +418,17 @@ def _reject_batch(batch:Batch, contract:Contract)->pa.RecordBatch:
     nothing = pa.nulls(len(batch.ragged), pa.string())
     columns = [column_from_text(c) for c in ([batch.file] * len(rows), [n for n, _ in rows], [reason for _, reason in rows])]
     for name in contract.columns:
-        values = bad.column(name).cast(pa.string()) if name in given else pa.nulls(bad.num_rows, pa.string())
+        values = _as_text(bad.column(name)) if name in given else pa.nulls(bad.num_rows, pa.string())
         columns.append(pa.concat_arrays([values, nothing]))
     return pa.RecordBatch.from_arrays(columns, names=['reject_file', 'reject_row', 'reject_reason', *contract.columns])
+
+# %% ../nbs/22_ingest.ipynb #f2fa16e8
+def _as_text(array:pa.Array)->pa.Array:
+    "Values as they came, in words."
+    try:
+        return array.cast(pa.string())
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
+        return column_from_text([None if v is None else str(v) for v in array.to_pylist()])
 
 # %% ../nbs/22_ingest.ipynb #a5e4e225
 def _refuse(findings:Findings, contract:Contract, source:str|Path, aside:bool)->None:

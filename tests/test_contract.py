@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from riskscore.contract import ROWS_NAMED, Contract, check_frame, check_record, load_contract, parse_contract
 from riskscore.core import RiskError
+from riskscore.features import feature_expressions
 
 GOOD = '''\
 name: loans
@@ -276,6 +277,25 @@ def test_plain_types_and_yaml_round_trip(content):
         again = parse_contract(stored)
         assert again == contract and again.digest == contract.digest
     assert parse_contract(contract.to_dict()).to_dict() == contract.to_dict()
+
+
+@settings(max_examples=examples(60))
+@given(contents())
+def test_what_a_pipeline_stores_is_the_contract(tmp_path_factory, content):
+    "In its order, too: a derived feature may use those before it, and the model's columns are the contract's."
+    contract, path = parse_contract(content), tmp_path_factory.getbasetemp() / 'stored.json'
+    path.write_text(contract.to_json(), encoding='utf-8')
+    again = load_contract(path)
+    assert again == contract and again.to_json() == contract.to_json()
+    assert list(again.columns) == list(contract.columns) and list(again.derived) == list(contract.derived)
+    assert list(feature_expressions(again)) == list(feature_expressions(contract))
+
+
+@pytest.mark.parametrize('content', ['', '{', '[]', '[' * 100_000, '{"columns": {}}', 'name: x', '\x00', '{"columns": {"a": {"range": [0, 1e999]}}}'])
+def test_stored_files_that_are_no_contract(tmp_path, content):
+    (tmp_path / 'contract.json').write_text(content)
+    with pytest.raises(RiskError, match='contract.json'):
+        load_contract(tmp_path / 'contract.json')
 
 
 @settings(max_examples=examples(60))

@@ -75,10 +75,13 @@ def _floats(array:pa.Array)->npt.NDArray[np.float64]:
     values = _buffer(numbers, np.float64)
     return np.where(_nulls(numbers), np.nan, values) if numbers.null_count else values
 
-# %% ../nbs/21_datasets.ipynb #83ce8f86
+# %% ../nbs/21_datasets.ipynb #87b6accd
 def _coded(array:pa.Array)->tuple[list[Any], npt.NDArray[np.int32]]:
     "Distinct values, the last one None, and the position of each row's value among them."
-    encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    try:
+        encoded = array if pa.types.is_dictionary(array.type) else array.dictionary_encode()
+    except pa.ArrowNotImplementedError:  # lists and the like: nothing a contract can hold
+        return [*array.to_pylist(), None], np.arange(len(array), dtype=np.int32)
     distinct = [*encoded.dictionary.to_pylist(), None]
     indices = encoded.indices.cast(pa.int32())
     return distinct, np.where(_nulls(indices), len(distinct) - 1, _buffer(indices, np.int32)).astype(np.int32)
@@ -232,7 +235,7 @@ def _is_text(array:pa.Array)->bool:
     kind = array.type.value_type if pa.types.is_dictionary(array.type) else array.type
     return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
 
-# %% ../nbs/21_datasets.ipynb #9e8aacb6
+# %% ../nbs/21_datasets.ipynb #86e525a5
 def _raw_values(
     array:pa.Array, # (rows,) as read from a file
     column:Column, # what the contract says
@@ -245,7 +248,7 @@ def _raw_values(
     if numeric and column.kind != 'date' and _is_text(array):
         try:
             return _floats(array), None
-        except pa.ArrowInvalid:
+        except (pa.ArrowInvalid, pa.ArrowNotImplementedError):
             return _objects([_parse_number(v, nulls) for v in array.to_pylist()]), None
     if column.kind == 'date' and (pa.types.is_timestamp(kind) or pa.types.is_date(kind)):
         moments = array.cast(pa.timestamp('us'), safe=False)
@@ -374,20 +377,20 @@ def _labelled(contract:Contract)->Contract:
         raise RiskError(f'The contract {contract.name} has no target. Give the outcome column the role target and say which value is bad.')
     return replace(contract, columns={**contract.columns, contract.target.name: replace(contract.target, null=False)})
 
-# %% ../nbs/21_datasets.ipynb #29bb75b8
+# %% ../nbs/21_datasets.ipynb #938aea52
 def read_ids(
     array:pa.Array, # (rows,) ids as read from a file
-    kind:str, # of the id column: integer, or anything else for text
+    kind:str, # of the id column: integer or number, or anything else for text
 )->tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]: # (rows,) int64 or text; (rows,) true where there is a readable id
     "Ids without loss of digits."
-    if kind != 'integer':
+    if kind not in ('integer', 'number'):
         distinct, codes = _coded(array)
-        texts = _objects([v if v is None or isinstance(v, str) else f'{v:g}' for v in distinct])[codes]
+        texts = _read_array(Column('id', 'category'), _objects(distinct))[0][codes]
         return texts, np.array([t is not None for t in texts], dtype=bool)
     try:
         exact = array.cast(pa.int64())
         return _buffer(exact, np.int64), ~_nulls(exact)
-    except pa.ArrowInvalid:  # 1e5, 100001.0 or a word somewhere
+    except (pa.ArrowInvalid, pa.ArrowNotImplementedError):  # 1e5, 100001.0 or a word somewhere
         values = _raw_values(array, Column('id', 'integer'), ())[0].tolist()
         known = np.array([isinstance(v, (int, float)) and v % 1 == 0 and abs(v) < 2**63 for v in values], dtype=bool)
         return np.array([int(v) if k else 0 for v, k in zip(values, known, strict=True)], dtype=np.int64), known

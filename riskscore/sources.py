@@ -415,10 +415,11 @@ def read_raw(
         except (pa.ArrowException, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
             raise _fault(path, row, error) from error
 
-# %% ../nbs/20_sources.ipynb #52ef494a
+# %% ../nbs/20_sources.ipynb #de305c2e
 def _read_parquet(path:Path, batch_rows:int)->Iterator[RawBatch]:
     "Rows of a Parquet file in their own types."
     file, done = pq.ParquetFile(path), 0
+    _check_names(file.schema_arrow.names, path.name)
     for table in file.iter_batches(batch_rows):
         yield RawBatch(path.name, np.arange(done + 1, done + table.num_rows + 1), table)
         done += table.num_rows

@@ -321,6 +321,28 @@ def test_one_error_names_the_faults_of_all_files(tmp_path, contract):
     assert '3.csv: column loan: 1 value given more than once in row 1, for example 1' in text
 
 
+def test_files_of_one_name_are_told_apart(tmp_path, contract):
+    write(tmp_path / '2025' / 'part.csv', ROWS[0], '7,x,,,,,1')
+    write(tmp_path / '2026' / 'part.csv', ROWS[1], ROWS[0])
+    summary = ingest(tmp_path / '*' / 'part.csv', contract, tmp_path / 'table.parquet', bad_rows='set_aside')
+    assert (summary['rows'], summary['set_aside']) == (2, 2)
+    assert list(summary['files'].values()) == [2, 2]
+    with open(tmp_path / 'rejects.csv', newline='', encoding='utf-8') as file:
+        rejects = [(Path(r['reject_file']).parent.name, r['reject_row'], r['reject_reason']) for r in csv.DictReader(file)]
+    assert rejects == [('2025', '2', 'age: unreadable'), ('2026', '2', 'loan: given more than once')]
+
+
+def test_odd_types_in_parquet_are_faults_and_no_crash(tmp_path, contract):
+    odd = {'loan': [1, 2], 'age': [[31], None], 'salary': pa.array(['1.5', 'x']).dictionary_encode(), 'job': [{'a': 1}, None],
+           'signed': [True, False], 'owner': pa.array([b'N', b'\xff']), 'paid': [True, False]}
+    pq.write_table(pa.table(odd), tmp_path / 'odd.parquet')
+    summary = check_source(tmp_path / 'odd.parquet', contract)
+    assert {(v.column, v.rule, v.rows) for v in summary.violations.values()} == {
+        ('age', 'type', (1,)), ('salary', 'type', (2,)), ('job', 'type', (1,)), ('signed', 'type', (1, 2)), ('owner', 'level', (1, 2))}
+    with pytest.raises(RiskError, match='column age: 1 value unreadable in row 1'):
+        ingest(tmp_path / 'odd.parquet', contract, tmp_path / 'table.parquet')
+
+
 def test_rows_set_aside_are_kept_with_their_reason(tmp_path, contract):
     rows = [*ROWS, '4,-3,x,clerk,,N,1', '2,50,,nurse,,N,1', '5,50', '6,50,,pilot,2026-13-01,N,0']
     summary = ingest(write(tmp_path / 'loans.csv', *rows), contract, tmp_path / 'table.parquet', bad_rows='set_aside')

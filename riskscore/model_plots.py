@@ -139,7 +139,7 @@ def _zones(axes:Axes, low:float, decline_below:float, approve_from:float, high:f
                           color=COLOURS['muted'])
     axes.set_xlim(low, high)
 
-# %% ../nbs/42_model_plots.ipynb #67516397
+# %% ../nbs/42_model_plots.ipynb #3879c3b2
 def score_figure(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     score:npt.ArrayLike, # (n,) score points, higher = safer
@@ -161,7 +161,7 @@ def score_figure(
         _zones(axes, edges[0], cuts[0], cuts[1], edges[-1])
     axes.margins(y=0.15)
     percent(axes, 'y')
-    add_legend(axes, loc='center right')
+    add_legend(axes, loc='upper left', bbox_to_anchor=(0, 0.93))
     return figure
 
 # %% ../nbs/42_model_plots.ipynb #60f90fd2

@@ -318,13 +318,13 @@ def _job(draft:_Draft)->None:
         draft.columns[name] = (places[:, number] == '1').astype(int)
     draft.note(employed=draft.signals['employed'] * ~pension, moved=draft.columns['REG_CITY_NOT_LIVE_CITY'])
 
-# %% ../nbs/21_synthetic.ipynb #c907343b
+# %% ../nbs/21_synthetic.ipynb #ae4981ad
 def _papers(draft:_Draft)->None:
     "Days since registration, and since the passport was issued."
     years, draw = draft.signals['years'], draft.rng.random(draft.rows)
     at_birth = np.interp(years, [22, 27, 33, 36], [0.16, 0.06, 0.01, 0])
     at_sixteen = np.interp(years, [22, 27, 33, 38, 45, 55, 65], [0.06, 0.12, 0.2, 0.14, 0.05, 0.02, 0])
-    registered = years.clip(max=45) / 45 * years * draft.curve('registered', draft.rng.standard_normal(draft.rows))
+    registered = (0.5 + years.clip(max=45) / 90) * years * draft.curve('registered', draft.rng.standard_normal(draft.rows))
     registered = np.where(draw < at_birth + at_sixteen, years - 16 - draft.rng.exponential(0.5, draft.rows), registered)
     registered = np.where(draw < at_birth, years - draft.rng.random(draft.rows), registered)
     draft.columns['DAYS_REGISTRATION'] = 0.0 - np.floor(365.25 * registered.clip(0))
@@ -528,7 +528,7 @@ def _bureau(draft:_Draft)->None:
         draft.columns[name] = np.where(unknown, np.nan, count)
     draft.note(unlisted=unknown, enquired=np.where(unknown, 0, np.log1p(count)))
 
-# %% ../nbs/21_synthetic.ipynb #72f07a7f
+# %% ../nbs/21_synthetic.ipynb #e8e7ce4b
 _BUILDING = '''
 housed = +.07 +.84*top +.35*higher +.22*income -.32*guest +.4*municipal -.12*male -.3*car +.15*ext2 +.16*age65
 area = -.15 +.4*top +.05*income +.17*higher +.05*ext2 +.97*noise
@@ -539,12 +539,12 @@ detail = +.18*area +.98*noise
 APARTMENTS = +.92*area +.22*newness +.11*trade +.1*height +.29*noise
 BASEMENTAREA = +.75*area +.15*newness +.08*trade -.22*height +.6*noise
 YEARS_BEGINEXPLUATATION = +.24*area +.96*newness +.02*trade +.05*height +.13*noise
-COMMONAREA = +.56*area +.22*newness +.13*trade +.05*height +.79*noise
-ELEVATORS = +.68*area +.25*newness +.1*trade +.6*height +.32*noise
+COMMONAREA = +.62*area +.24*newness +.13*trade +.05*height +.73*noise
+ELEVATORS = +.66*area +.38*newness +.1*trade +.6*height +.22*noise
 ENTRANCES = +.69*area -.03*newness +.04*trade -.5*height +.52*noise
 FLOORSMAX = +.64*area +.39*newness +.12*trade +.55*height +.35*noise
 FLOORSMIN = +.4*area +.22*newness +.06*trade +.52*height +.72*noise
-LANDAREA = +.45*area +.09*newness +.04*trade -.19*height +.87*noise -.25*top +.1*low
+LANDAREA = +.48*area +.1*newness +.05*trade -.05*height +.87*noise -.25*top +.1*low
 LIVINGAREA = +.93*area +.26*newness +.09*trade +.09*height +.23*noise
 NONLIVINGAPARTMENTS = +.16*area +.03*newness +.9*trade +.03*height +.4*noise
 NONLIVINGAREA = +.2*area +.04*newness +.78*trade +.04*height +.59*noise
@@ -609,13 +609,13 @@ _MEASURES = {
     'NONLIVINGAPARTMENTS': _Measure(0.585, steps=259, mode=1.0074, median=1.0056),
     'NONLIVINGAREA': _Measure(0.853, mode=1.0585, median=1.0209)}
 
-# %% ../nbs/21_synthetic.ipynb #38023a22
+# %% ../nbs/21_synthetic.ipynb #5f6f52b6
 def _averages(draft:_Draft)->dict[str, _Array]:
     "What is measured, before it is rounded."
     out = {}
     for name, measure in _MEASURES.items():
         if name in draft.model.curves:
-            out[name] = draft.curve(name, draft.score(name), nearest=measure.steps < 100) / measure.steps
+            out[name] = draft.curve(name, draft.score(name), nearest=measure.steps < 26) / measure.steps
     out['APARTMENTS'] = np.where(draft.rare(0.3), np.round(97 * out['APARTMENTS']) / 97, out['APARTMENTS'])
     out['LIVINGAPARTMENTS'] = 0.8154 * out['APARTMENTS'] * (1 - 0.04 * draft.rng.exponential(1, draft.rows) * draft.rare(0.4))
     out['TOTALAREA'] = 0.787 * out['LIVINGAREA'] * (1 + 0.28 * draft.rng.exponential(1, draft.rows) * draft.rare(0.9))
@@ -661,13 +661,14 @@ def _building(draft:_Draft)->None:
         draft.columns[f'{name}_MODE'] = np.where(_known(draft, share), draft.pick(f'{name}_MODE'), '(none)')
     draft.columns['EMERGENCYSTATE_MODE'] = np.where(housed, draft.pick('EMERGENCYSTATE_MODE'), '(none)')
 
-# %% ../nbs/21_synthetic.ipynb #b72ebaf4
+# %% ../nbs/21_synthetic.ipynb #2b4bcd00
 _DEFAULT = '''
-default = -1.25 -.58*ext3 -.43*ext2 -.29*ext1 +.07*ext3*ext3 +.06*ext2*ext2 +.06*ext1*ext1 +.12*male*ext3 +.1*age25*ext2 -.15*care \
-        +.2*noise +.36*male -.28*higher -.2*some -.25*state -.2*pension -.17*employed +1*burden +.42*income -.53*size +.2*instalments \
-        -.08*instalments*instalments +.14*insured +.2*revolving -.36*car +.18*single +.12*civil +.06*children +.2*guest -.2*top \
-        +.08*low -.16*passport -.06*phone +.04*new_phone +.14*FLAG_WORK_PHONE -.14*FLAG_PHONE +.22*moved +.2*late +.08*enquired \
-        +.45*unlisted -.8*document16 +.1*document3 -.6*security +.1*manual -.06*housed -.05*housed*area -.04*housed*height
+default = -1.22 -.59*ext3 -.42*ext2 -.29*ext1 +.07*ext3*ext3 +.06*ext2*ext2 +.06*ext1*ext1 +.12*male*ext3 +.1*age25*ext2 -.2*age25 \
+        +.1*age55 +.15*age65 -.15*care +.2*noise +.36*male -.28*higher -.2*some -.25*state -.15*pension -.18*employed +1*burden \
+        +.42*income -.53*size +.2*instalments -.08*instalments*instalments +.14*insured +.2*revolving -.36*car +.18*single +.14*civil \
+        +.06*children +.2*guest -.2*top +.08*low -.14*passport -.06*phone +.04*new_phone +.14*FLAG_WORK_PHONE -.16*FLAG_PHONE \
+        +.22*moved +.2*late +.08*enquired +.45*unlisted -.8*document16 +.1*document3 -.6*security +.1*manual -.06*housed \
+        -.03*housed*area -.04*housed*height
 '''
 
 # %% ../nbs/21_synthetic.ipynb #91a1c6ad

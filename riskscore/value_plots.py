@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['pd_figure', 'decision_figure', 'value_figure', 'profit_figure']
 
-# %% ../nbs/43_value_plots.ipynb #b4a49ce2
+# %% ../nbs/43_value_plots.ipynb #d8ab4d6f
 from collections.abc import Mapping
 
 import numpy as np
 import numpy.typing as npt
 from matplotlib.figure import Figure
 
+from .contract import DECISIONS
 from .core import RiskError
 from .plots import COLOURS, add_legend, new_axes, percent
 from .ranking import equal_mass
@@ -38,7 +39,7 @@ def pd_figure(
         add_legend(axes, loc='upper right')
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #7606b472
+# %% ../nbs/43_value_plots.ipynb #0468a3ec
 def decision_figure(
     counts:Mapping[str, int], # approve, refer and decline -> how many
 )->Figure:
@@ -48,7 +49,8 @@ def decision_figure(
         raise RiskError('There is nothing to draw: expected at least one decision.')
     figure, axes = new_axes('Applications (%)', '', (5.6, 1.3))
     start = 0.0
-    for name, count in counts.items():
+    for name in sorted(counts, key=DECISIONS.index):
+        count = counts[name]
         axes.barh(0, count / total, left=start, height=0.6, color=COLOURS[name], label=f'{name} {count / total:.1%} ({count:,})')
         start += count / total
     axes.set_yticks([])

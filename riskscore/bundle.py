@@ -23,7 +23,7 @@ from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, f
 from .features import FeaturePlan, plan_from_json, plan_to_json
 from .policy import Policy, score_points
 
-# %% ../nbs/09_bundle.ipynb #5e403e6e
+# %% ../nbs/09_bundle.ipynb #e41baea1
 BUNDLE_FORMAT = 1
 _FILES = ('model.txt', 'plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json')
 
@@ -45,12 +45,20 @@ def write_bundle(
         'metadata.json': canonical_json(metadata),
     }
     manifest = canonical_json({'format': BUNDLE_FORMAT, 'files': {n: digest_bytes(t.encode()) for n, t in content.items()}})
-    path = Path(models) / _version(manifest.encode())
+    path, content['manifest.json'] = Path(models) / _version(manifest.encode()), manifest
+    if _holds(path, content):  # trained before: only the facts of the run are new, and readers of the bundle are not disturbed
+        write_text(path / 'run.json', canonical_json(run))
+        return path
     with atomic_path(path) as temporary:
         temporary.mkdir()
-        for name, text in {**content, 'manifest.json': manifest, 'run.json': canonical_json(run)}.items():
+        for name, text in {**content, 'run.json': canonical_json(run)}.items():
             (temporary / name).write_text(text, encoding='utf-8')
     return path
+
+# %% ../nbs/09_bundle.ipynb #1c6f8b23
+def _holds(directory:Path, content:Mapping[str, str])->bool:
+    "Does a directory hold exactly these texts?"
+    return all((directory / n).is_file() and (directory / n).read_bytes() == text.encode() for n, text in content.items())
 
 # %% ../nbs/09_bundle.ipynb #99942b07
 def _version(manifest:bytes)->str:
@@ -107,7 +115,7 @@ class Scorer:
         return {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]),
                 'value': value if value == value else None, 'flags': [v.message for v in violations]}
 
-# %% ../nbs/09_bundle.ipynb #92ae2893
+# %% ../nbs/09_bundle.ipynb #60ca5d65
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
 )->Scorer: # ready to score
@@ -119,7 +127,11 @@ def load_bundle(
     if booster.num_feature() != len(plan.names):
         raise RiskError(f'Bundle {directory}: the model wants {booster.num_feature()} features, the plan gives {len(plan.names)}. Train again.')
     content = {name: json.loads(files[f'{name}.json']) for name in ('calibration', 'policy', 'contract', 'metadata')}
-    return Scorer(_version(files['manifest.json']), parse_contract(content['contract'], f'{directory}/contract.json'), plan, booster,
+    contract = parse_contract(content['contract'], f'{directory}/contract.json')
+    unknown = [name for name in plan.columns if name not in contract.columns]
+    if unknown:
+        raise RiskError(f'Bundle {directory}: the plan reads columns that the contract lacks: {listing(unknown)}. Train again.')
+    return Scorer(_version(files['manifest.json']), contract, plan, booster,
                   Calibration(**content['calibration']), Policy(**content['policy']), content['metadata'])
 
 # %% ../nbs/09_bundle.ipynb #2c785b9f

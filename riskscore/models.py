@@ -27,7 +27,7 @@ from .features import FeaturePlan
 from .sources import column_from_numpy, column_from_text
 from .split import Folds
 
-# %% ../nbs/26_models.ipynb #181cff64
+# %% ../nbs/26_models.ipynb #db2f8ec0
 def write_features(
     path:str|Path, # Parquet file to write
     plan:FeaturePlan, # fitted on history
@@ -37,7 +37,7 @@ def write_features(
     "Stores the features of typed rows."
     kept = [c for c in (contract.target, contract.id) if c]
     schema = pa.schema([*((name, pa.float32()) for name in plan.names),
-                        *((c.name, pa.string() if c.kind == 'category' else pa.float64()) for c in kept)])
+                        *((c.name, pa.float64() if c.role == 'target' or c.kind != 'category' else pa.string()) for c in kept)])
     count = 0
     with table_writer(path, schema) as rows:
         for frame in frames:

@@ -155,7 +155,7 @@ def _model_names(names:Sequence[str])->list[str]:
     plain = [re.sub(r'[\s",:\[\]{}]+', '_', name) for name in names]
     return plain if len(set(plain)) == len(plain) else [f'{name}_{i}' for i, name in enumerate(plain)]
 
-# %% ../nbs/26_models.ipynb #eed6ee4f
+# %% ../nbs/26_models.ipynb #63e76d25
 def default_params(
     rows:int, # rows of history
     features:int, # how many features
@@ -163,7 +163,7 @@ def default_params(
     "A strong start for a table of this size."
     return {'learning_rate': 0.03, 'num_leaves': 8, 'lambda_l2': 10.0, 'bagging_fraction': 0.8, 'bagging_freq': 1,
             'min_data_in_leaf': int(np.clip(rows // 200, 5, 100)),
-            'feature_fraction': round(float(np.clip(30 / features, 0.2, 1)), 2)}
+            'feature_fraction': round(float(np.clip(15 / features, 0.2, 1)), 2)}
 
 # %% ../nbs/26_models.ipynb #342c5929
 _FIXED = {'objective': 'binary', 'metric': 'auc', 'deterministic': True, 'force_row_wise': True}

@@ -227,7 +227,7 @@ def _open_refusals(
         writer.writerow(['row', 'id', 'reasons'])
         yield writer
 
-# %% ../nbs/30_batch.ipynb #06c656c7
+# %% ../nbs/30_batch.ipynb #f606a2cb
 def _prepared(
     run:BatchRun, # names the file; notes on its columns are added
     scorer:Scorer, # contract and feature plan
@@ -240,7 +240,8 @@ def _prepared(
         if first:
             run.notes += _header_notes(batch, scorer, ignore_unknown)
         first = False
-        yield batch, scorer.plan.frame(batch.frame)
+        distinct = {name: (column.values, column.codes) for name, column in batch.typed.items() if column.codes is not None}
+        yield batch, scorer.plan.frame(batch.frame, distinct=distinct)
 
 # %% ../nbs/30_batch.ipynb #269e3d63
 def _write(

@@ -146,13 +146,13 @@ class _Rows:
             self.writer.write_table(pa.Table.from_batches(self.waiting), row_group_size=2 * GROUP_ROWS)
             self.waiting = []
 
-# %% ../nbs/21_datasets.ipynb #ce94eb39
+# %% ../nbs/21_datasets.ipynb #ce34b423
 @contextmanager
 def _parquet_writer(path:Path, schema:pa.Schema)->Iterator[_Rows]:
     "A writer of one Parquet file."
     repeating = [f.name for f in schema if not pa.types.is_floating(f.type)]  # a dictionary of floats costs time and saves nothing
-    options = {'compression': 'zstd', 'compression_level': 1, 'use_dictionary': repeating, 'write_statistics': False}
-    with pa.OSFile(str(path), 'wb') as file, pq.ParquetWriter(file, schema, **options) as writer:
+    with (pa.OSFile(str(path), 'wb') as file,
+          pq.ParquetWriter(file, schema, compression='snappy', use_dictionary=repeating, write_statistics=False) as writer):
         rows = _Rows(writer)
         yield rows
         rows.flush()

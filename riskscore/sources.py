@@ -53,7 +53,7 @@ def _neighbour(path:Path)->str:
     "A file of nearly the same name in the same folder."
     return suggest(path.name, [p.name for p in path.parent.iterdir()]) if path.parent.is_dir() else ''
 
-# %% ../nbs/20_sources.ipynb #b68bcfb8
+# %% ../nbs/20_sources.ipynb #baa3a610
 _FORMATS = {'.csv': 'csv', '.tsv': 'csv', '.txt': 'csv', '.csv.gz': 'csv', '.tsv.gz': 'csv', '.txt.gz': 'csv',
             '.zip': 'csv', '.parquet': 'parquet', '.pq': 'parquet', '.xlsx': 'xlsx', '.xlsm': 'xlsx'}
 _TEMPORARY = ('.tmp', '.part', '.partial', '.crdownload', '.swp', '~')
@@ -64,17 +64,19 @@ def source_files(
 )->list[Path]: # at least one, in the order of their names
     "The data files behind a source."
     path = resolve_source(source)
-    if path.is_dir():
-        found = [p for p in path.iterdir() if p.is_file()]
-    else:
-        found = [path] if path.exists() else [Path(p) for p in glob.glob(str(path)) if Path(p).is_file()]
-    files = sorted(p for p in found if not p.name.startswith(('.', '_', '~')) and not p.name.lower().endswith(_TEMPORARY))
+    found = [path] if path.is_file() else list(path.iterdir()) if path.is_dir() else [Path(p) for p in glob.glob(str(path))]
+    files = sorted(p for p in found if p == path or p.is_file() and not _passing(p.name))
     if not files:
         raise RiskError(f'{source} holds no data file. Expected one or more of {_known_formats()}.')
     unknown = [p.name for p in files if _format(p) is None]
     if unknown:
         raise RiskError(f'Cannot tell the format of {listing(unknown)}. Expected {_known_formats()}; move other files elsewhere.')
     return files
+
+# %% ../nbs/20_sources.ipynb #a170fc97
+def _passing(name:str)->bool:
+    "Is a file hidden, or one that another program is still writing?"
+    return name.startswith(('.', '_', '~')) or name.lower().endswith(_TEMPORARY)
 
 # %% ../nbs/20_sources.ipynb #00e0b24c
 def _format(path:Path)->str|None:
@@ -393,7 +395,7 @@ def _utf8_fault(path:Path)->RiskError:
             return _not_utf8(path.name, line, error.object[max(0, error.start - 20):error.start + 20])
     return _not_utf8(path.name, line, b'')
 
-# %% ../nbs/20_sources.ipynb #4334d037
+# %% ../nbs/20_sources.ipynb #49e064b2
 def read_raw(
     source:str|Path, # a file, a folder of partitions, or a pattern
     batch_rows:int=16_384, # rows in memory at a time; a batch may hold up to twice as many
@@ -412,7 +414,9 @@ def read_raw(
             for batch in readers[_format(path)](path):
                 yield batch
                 row = int(batch.rows[-1]) if len(batch.rows) else row
-        except (pa.ArrowException, OSError, EOFError, KeyError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        except RiskError:
+            raise
+        except (pa.ArrowException, OSError, EOFError, LookupError, RuntimeError, SyntaxError, ValueError, zipfile.BadZipFile, zlib.error) as error:
             raise _fault(path, row, error) from error
 
 # %% ../nbs/20_sources.ipynb #de305c2e

@@ -29,7 +29,7 @@ class _Fault(click.ClickException):
 
     exit_code = 2
 
-# %% ../nbs/51_cli.ipynb #d34edec2
+# %% ../nbs/51_cli.ipynb #7ac2841c
 class Commands(click.Group):
     "Commands whose expected faults are told in words."
 
@@ -46,6 +46,8 @@ class Commands(click.Group):
             if (error.name or '').startswith('riskscore'):
                 raise
             raise _Fault(f"This command needs {error.name}, which is not installed: pip install 'riskscore[pipeline]'") from error
+        except BrokenPipeError:  # the reader of a pipe has seen enough
+            raise
         except OSError as error:
             raise _Fault(f'{error.filename or "riskscore"}: {error.strerror or error}') from error
 

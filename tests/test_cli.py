@@ -168,6 +168,12 @@ def test_kaggle_without_credentials_says_what_to_do(project, monkeypatch):
     assert done.exit_code == 2 and 'No Kaggle credentials' in done.stderr
 
 
+def test_a_reader_that_has_seen_enough_is_no_error(project):
+    draft = ' '.join(f"'{part}'" for part in [*CALL, 'contract', 'infer', 'loans.csv', '--target', 'bad'])
+    done = subprocess.run(['bash', '-c', f'{draft} | true'], capture_output=True, text=True, env=os.environ | {'PYTHONPATH': str(ROOT)})
+    assert 'Traceback' not in done.stderr and 'Broken' not in done.stderr
+
+
 BLOCKED = """
 import sys
 class Absent:

@@ -1,0 +1,145 @@
+"The whole pipeline in a copy of the project: it builds, builds nothing twice, reruns what an edit touches, repeats its bytes, and says what is wrong."
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import yaml
+
+from riskscore.bundle import load_bundle
+
+ROOT = Path(__file__).resolve().parents[1]
+PLOOMBER = [sys.executable, '-c', 'from ploomber_cli.cli import cmd_router; cmd_router()']
+TASKS = ['ingest', 'split', 'features', 'train', 'evaluate', 'score', 'value']
+DUE = """import json; from ploomber.spec import DAGSpec
+dag = DAGSpec('pipeline.yaml').to_dag().render()
+print(json.dumps([name for name in dag if dag[name].exec_status.name != 'Skipped']))"""
+
+
+def run(folder: Path, *command: str, **env: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {'PYTHONPATH': str(folder), 'PLOOMBER_ENV_FILENAME': 'env.tiny.yaml'} | env
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=600)
+
+
+def build(folder: Path, **settings: object) -> subprocess.CompletedProcess:
+    return run(folder, *PLOOMBER, 'build', *(word for name, value in settings.items() for word in (f'--env--{name}', str(value))))
+
+
+def due(folder: Path) -> set[str]:
+    "Tasks that a build would run."
+    found = run(folder, sys.executable, '-c', DUE)
+    assert found.returncode == 0, found.stderr[-3000:]
+    return set(json.loads(found.stdout.splitlines()[-1]))
+
+
+@pytest.fixture(scope='module')
+def project(tmp_path_factory) -> Path:
+    "A copy of the checkout, built on 1,000 synthetic applicants of history."
+    folder = tmp_path_factory.mktemp('project')
+    for name in ('nbs', 'riskscore', 'data/contracts', 'pipeline.yaml', 'settings.ini'):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        copy(ROOT / name, folder / name)
+    env = yaml.safe_load((ROOT / 'env.smoke.yaml').read_text()) | {'rows': 1400, 'future': 400, 'n_trials': 2}
+    (folder / 'env.tiny.yaml').write_text(yaml.safe_dump(env))
+    built = build(folder)
+    assert built.returncode == 0, built.stdout[-4000:] + built.stderr[-4000:]
+    return folder
+
+
+def product(folder: Path, name: str) -> Path:
+    return folder / 'data/smoke' / name
+
+
+def test_a_build_leaves_reports_scores_and_a_champion(project):
+    reports = sorted(p.name for p in (project / 'reports/smoke').glob('*.html'))
+    assert reports == [f'{n}0_{name}.html' for n, name in enumerate(TASKS, 1)]
+    for name in reports:
+        page = (project / 'reports/smoke' / name).read_text()
+        assert 'has not finished' not in page and '<script' not in page and 'http' not in page
+    scorer = load_bundle(product(project, 'models/champion.json'))
+    scored = pq.ParquetFile(product(project, 'score/predictions.parquet')).read()
+    assert scored.num_rows == 400 and set(scored['model_version'].to_pylist()) == {scorer.version}
+    assert len(product(project, 'value/business_value.csv').read_text().splitlines()) == 401
+    run_id = json.loads(product(project, 'train/run.json').read_text())['run_id']
+    files = {p.name for p in (project / 'data/mlartifacts' / run_id).rglob('*') if p.is_file()}
+    assert {*reports, 'manifest.json', 'model.txt', 'plan.json'} <= files
+    assert '1 run' not in build(project).stdout and due(project) == set()
+
+
+def add_code(path: Path) -> None:
+    path.write_text(path.read_text() + '\n\ndef _edited() -> int:\n    "Nothing."\n    return 1\n')
+
+
+def add_prose(path: Path) -> None:
+    path.write_text(path.read_text() + '\n# A comment changes no result.\n')
+
+
+FROM = {name: set(TASKS[i:]) for i, name in enumerate(TASKS)}
+
+
+@pytest.mark.parametrize('module, edit, expected', [
+    ('core', add_code, FROM['ingest']), ('synthetic', add_code, FROM['ingest']), ('split', add_code, FROM['split']),
+    ('feature_sets', add_code, FROM['features']), ('tuning', add_code, FROM['train']), ('importance', add_code, {'evaluate'}),
+    ('batch', add_code, FROM['score']), ('value', add_code, {'value'}), ('cli', add_code, set()), ('infer', add_code, set()),
+    ('exporter', add_code, set()), ('core', add_prose, set())])
+def test_an_edit_reruns_exactly_what_depends_on_it(project, module, edit, expected):
+    path = project / 'riskscore' / f'{module}.py'
+    before = path.read_bytes()
+    edit(path)
+    try:
+        assert due(project) == expected
+    finally:
+        path.write_bytes(before)
+
+
+def test_an_edit_in_a_notebook_reruns_what_depends_on_it(project):
+    library, task = project / 'nbs/31_value.ipynb', project / 'nbs/pipeline/60_score.ipynb'
+    module, before = project / 'riskscore/value.py', {p: p.read_bytes() for p in (library, task, project / 'riskscore/value.py')}
+    book = json.loads(library.read_text())
+    cell = next(c for c in book['cells'] if ''.join(c['source']).startswith('#| export\ndef business_value'))
+    cell['source'] = ''.join(cell['source']).replace('    return values | ', '    values["checked"] = values["pd"]\n    return values | ')
+    library.write_text(json.dumps(book))
+    export = "from nbdev.export import nb_export; nb_export('nbs/31_value.ipynb', lib_path='riskscore')"
+    assert run(project, sys.executable, '-c', export).returncode == 0 and module.read_bytes() != before[module]
+    assert due(project) == {'value'}
+    book = json.loads(task.read_text())
+    book['cells'][-1]['source'] = ['print(run.rows)\n', *book['cells'][-1]['source']]
+    task.write_text(json.dumps(book))
+    assert due(project) == {'score', 'value'}
+    for path, content in before.items():
+        path.write_bytes(content)
+    assert due(project) == set()
+
+
+def test_same_inputs_same_bytes(project):
+    built = build(project, out='data/again', reports='reports/again')
+    assert built.returncode == 0, built.stderr[-3000:]
+    for name in ('ingest/table.parquet', 'split/history.parquet', 'features/history.parquet', 'features/plan.json', 'train/bundle.json',
+                 'train/out_of_fold.parquet', 'score/predictions.parquet', 'value/business_value.csv', 'evaluate/metrics.json'):
+        assert (project / 'data/again' / name).read_bytes() == product(project, name).read_bytes(), name
+    bundles = [{p.name: p.read_bytes() for p in (folder / 'models' / load_bundle(folder / 'models/champion.json').version).iterdir() if p.name != 'run.json'}
+               for folder in (project / 'data/smoke', project / 'data/again')]
+    assert bundles[0] == bundles[1]
+
+
+@pytest.mark.parametrize('settings, said', [
+    ({'data_path': 'nowhere.csv'}, 'There is no data at nowhere.csv'),
+    ({'contract': 'data/contracts/home_credti.yaml'}, "home_credit.yaml"),
+    ({'contract': 'typo.yaml'}, "Did you mean 'range'?"),
+    ({'data_path': 'one_class.csv'}, 'there must be good and bad outcomes'),
+    ({'n_trials': 0}, 'n_trials must be a whole number of 1 or more'),
+])
+def test_a_mistake_is_told_and_leaves_the_products(project, settings, said):
+    (project / 'typo.yaml').write_text((project / 'data/contracts/home_credit.yaml').read_text().replace('range:', 'rnage:', 1))
+    lines = next((project / 'data/raw').glob('*.csv')).read_text().splitlines()
+    (project / 'one_class.csv').write_text('\n'.join([lines[0], *(line for line in lines[1:] if line.split(',')[1] == '0')]) + '\n')
+    version = load_bundle(product(project, 'models/champion.json')).version
+    failed = build(project, **settings)
+    assert failed.returncode != 0
+    assert said in failed.stdout + failed.stderr
+    assert load_bundle(product(project, 'models/champion.json')).version == version

@@ -268,7 +268,7 @@ def test_committed_contracts(root):
         assert parse_contract(contract.to_dict()) == contract
 
 
-@settings(max_examples=examples(100))
+@settings(max_examples=examples(50))
 @given(contents())
 def test_plain_types_and_yaml_round_trip(content):
     contract = parse_contract(content)
@@ -279,7 +279,7 @@ def test_plain_types_and_yaml_round_trip(content):
     assert parse_contract(contract.to_dict()).to_dict() == contract.to_dict()
 
 
-@settings(max_examples=examples(60))
+@settings(max_examples=examples(30))
 @given(contents())
 def test_what_a_pipeline_stores_is_the_contract(tmp_path_factory, content):
     "In its order, too: a derived feature may use those before it, and the model's columns are the contract's."
@@ -313,7 +313,7 @@ SETTINGS = ['split', 'cv', 'nulls', 'features', 'related', 'version', 'title', '
             'levels', 'special']
 
 
-@settings(max_examples=examples(250))
+@settings(max_examples=examples(120))
 @given(contents(derived=1), st.data())
 def test_any_content_gives_a_contract_or_a_risk_error(content, data):
     "Settings replaced by anything, anywhere in a good contract."
@@ -387,7 +387,7 @@ def test_many_rows_are_counted_and_the_first_named():
     assert np.flatnonzero(checked.bad_rows).tolist() == list(range(0, 3000, 3))
 
 
-@settings(max_examples=examples(80))
+@settings(max_examples=examples(40))
 @given(contracts(derived=0), st.data())
 def test_counts_rows_and_bad_rows_agree(contract, data):
     raw = data.draw(tables(contract))

@@ -61,7 +61,7 @@ def frame_of(rows: list[dict]) -> dict:
 
 # ---------------------------------------------------------------- meaning
 
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(150))
 @given(WHOLE_LANGUAGE, ROWS)
 def test_equal_to_a_slow_reading(tree, rows):
     "Every operation of the grammar, to the bit, as plain Python computes it step by step for one row."
@@ -105,7 +105,7 @@ def test_date_parts_are_exact_in_32_bits():
 samples = st.lists(st.none() | st.floats(-1e6, 1e6), min_size=1, max_size=12)
 
 
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(100))
 @given(samples)
 def test_statistics_skip_nulls(sample):
     "Against exact fractions and the standard library."
@@ -216,7 +216,7 @@ PIECES = st.sampled_from([
     '\n', 'None', '**', '0x', '1e', '\\', '#', '{', '}', '__class__', 'é', '!'])
 
 
-@settings(max_examples=examples(400))
+@settings(max_examples=examples(250))
 @given(st.text(max_size=60) | st.lists(PIECES, max_size=25).map(''.join) | st.lists(PIECES, max_size=15).map(' '.join))
 def test_any_text_gives_a_tree_or_a_risk_error(source):
     try:
@@ -286,7 +286,7 @@ def test_what_cannot_be_traced_is_said(function, words):
 
 # ---------------------------------------------------------------- JSON, size and depth
 
-@settings(max_examples=examples(150))
+@settings(max_examples=examples(40))
 @given(WHOLE_LANGUAGE, ROWS)
 def test_json_round_trip(tree, rows):
     expression = declared(tree)
@@ -303,7 +303,7 @@ values = st.recursive(
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner, max_size=2), max_leaves=8)
 
 
-@settings(max_examples=examples(300))
+@settings(max_examples=examples(150))
 @given(st.lists(values, max_size=4) | values)
 def test_any_json_gives_a_tree_or_a_risk_error(content):
     try:
@@ -390,7 +390,7 @@ def subtrees(expression: Expr) -> set:
     return found
 
 
-@settings(max_examples=examples(50))
+@settings(max_examples=examples(25))
 @given(st.lists(WHOLE_LANGUAGE, min_size=1, max_size=4))
 def test_equal_parts_are_computed_once_and_in_order(found):
     expressions = [declared(t) for t in found] * 2

@@ -509,7 +509,7 @@ class _Loader(yaml.SafeLoader):
 
 _Loader.add_constructor('tag:yaml.org,2002:int', _Loader.construct_yaml_int)
 
-# %% ../nbs/01_contract.ipynb #5b65b3a8
+# %% ../nbs/01_contract.ipynb #3a40aa32
 def load_contract(
     path:str|Path, # a YAML file, or the JSON form that a pipeline writes
 )->Contract: # validated
@@ -519,7 +519,8 @@ def load_contract(
         text = Path(path).read_text(encoding='utf-8')
         content = json.loads(text) if form == 'JSON' else yaml.load(text, Loader=_Loader)  # a SafeLoader: builds plain types only
     except OSError as error:
-        raise RiskError(f'Cannot read the contract {path}: {error.strerror}. Committed contracts are in data/contracts; '
+        near = suggest(Path(path).name, [p.name for p in Path(path).parent.glob('*.yaml')])
+        raise RiskError(f'Cannot read the contract {path}: {error.strerror}.{near} Committed contracts are in data/contracts; '
                         'make one with `riskscore contract infer FILE --target COLUMN`.') from error
     except UnicodeDecodeError as error:
         raise RiskError(f'The contract {path} is not UTF-8 text (byte {error.start:,}). Save it as UTF-8.') from error

@@ -311,7 +311,7 @@ def _say(line:str)->None:
     "One line on the console, now."
     print(line, flush=True)
 
-# %% ../nbs/50_dag.ipynb #8018bd77
+# %% ../nbs/50_dag.ipynb #071cc3cb
 def _run_task(task:Any, label:str, reports:list[Any], failures:BuildExceptionsCollector)->None:
     "Run one task and say how it went."
     begin = time.monotonic()
@@ -326,12 +326,22 @@ def _run_task(task:Any, label:str, reports:list[Any], failures:BuildExceptionsCo
         logging.getLogger('asyncio').setLevel(logging.CRITICAL) # the kernel's last words
         raise RiskError(f'Stopped by Ctrl-C in task {task.name}. Build again to go on from there.') from None
     except Exception as error:
-        failures.append(task=task, message=_format.exception(error), obj=error)
+        failures.append(task=task, message=_explanation(error), obj=error)
         _say(f'{label} FAILED after {time.monotonic() - begin:.1f} s')
     else:
         _say(f'{label} done in {time.monotonic() - begin:.1f} s')
     for message in dict.fromkeys(str(w.message).strip() for w in caught):
         _say(f'{label} warning: {message}')
+
+# %% ../nbs/50_dag.ipynb #682aa00b
+def _explanation(error:BaseException)->str:
+    "What to tell of a failed task: the message of a user's mistake, otherwise the traceback of the notebook."
+    cause: BaseException | None = error
+    while cause is not None:
+        if getattr(cause, 'ename', '') == RiskError.__name__:
+            return str(cause.evalue) # type: ignore[attr-defined]
+        cause = cause.__cause__ or cause.__context__
+    return str(_format.exception(error))
 
 # %% ../nbs/50_dag.ipynb #e2ded0a2
 def _quiet_kernel(task:Any, label:str)->None:

@@ -115,14 +115,14 @@ class Scorer:
         return {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]),
                 'value': value if value == value else None, 'flags': [v.message for v in violations]}
 
-# %% ../nbs/09_bundle.ipynb #60ca5d65
+# %% ../nbs/09_bundle.ipynb #827fd259
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
 )->Scorer: # ready to score
     "Loads a bundle after checking its digests."
     directory, expected = _follow(Path(path))
     files = _verified(directory, expected)
-    booster = lgb.Booster(model_str=files['model.txt'].decode(), params={'verbosity': -1})
+    booster = lgb.Booster(model_str=files['model.txt'].decode())
     plan = plan_from_json(files['plan.json'].decode())
     if booster.num_feature() != len(plan.names):
         raise RiskError(f'Bundle {directory}: the model wants {booster.num_feature()} features, the plan gives {len(plan.names)}. Train again.')

@@ -300,7 +300,7 @@ def test_many_writers_and_readers_see_only_whole_files(tmp_path, folder):
     "Four processes write one file or folder while this one reads it."
     target, torn, seen = tmp_path / 'product', [], 0
     write_often(str(target), folder, 'first', 1)
-    context = multiprocessing.get_context('fork')
+    context = multiprocessing.get_context('spawn')
     writers = [context.Process(target=write_often, args=(str(target), folder, f'writer{i}', 15)) for i in range(4)]
     for writer in writers:
         writer.start()

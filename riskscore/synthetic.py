@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['HOME_CREDIT_COLUMNS', 'Block', 'home_credit', 'write_home_credit']
 
-# %% ../nbs/21_synthetic.ipynb #76ec0c96
+# %% ../nbs/21_synthetic.ipynb #320ff0b2
 import gzip
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cache
 from itertools import chain
 from pathlib import Path
 from statistics import NormalDist
@@ -48,7 +49,8 @@ def _formula(text:str)->_Formula:
     "The weights of the signals; a number alone is the `base`."
     return {signal or 'base': float(weight) for weight, signal in re.findall(r'([+-][\d.]+)(?:\*(\S+))?', text)}
 
-# %% ../nbs/21_synthetic.ipynb #29bf0704
+# %% ../nbs/21_synthetic.ipynb #94a29f34
+@cache
 def _parse(*texts:str)->_Model:
     "The model that text tables describe."
     model, choice = _Model({}, {}, {}), _Choice([], [], [])
@@ -122,6 +124,17 @@ class _Draft:
         values = self.model.curves[name]
         place = (score + 3.6) / 7.2 * (len(values) - 1)
         return np.interp(np.round(place) if nearest else place, np.arange(len(values)), values)
+
+# %% ../nbs/21_synthetic.ipynb #b14a227c
+_Step = Callable[[_Draft], None]
+
+
+def _drawn(tables:Iterable[str], steps:Iterable[_Step], rng:np.random.Generator, rows:int)->_Draft:
+    "A draft after some steps."
+    draft = _Draft(_parse(*tables), rng, rows)
+    for step in steps:
+        step(draft)
+    return draft
 
 # %% ../nbs/21_synthetic.ipynb #813e52bc
 _PERSON = '''
@@ -335,7 +348,7 @@ def _papers(draft:_Draft)->None:
     draft.columns['DAYS_ID_PUBLISH'] = -(365.25 * passport).astype(int)
     draft.note(passport=passport / 10, settled=(registered - 13.7) / 9.6)
 
-# %% ../nbs/21_synthetic.ipynb #67179805
+# %% ../nbs/21_synthetic.ipynb #df60e1b2
 _MONEY = '''
 income = -.23 -.36*age25 -.19*age65 +.38*male +.41*higher +.2*some -.2*lower -.27*pension +.08*state +.24*commercial +.67*top \
         -.09*low +.49*manager -.09*junior +.88*noise
@@ -351,12 +364,11 @@ price : 10 10 10 10 10 10 10 10 10 10 12 13 15 15 17 20 20 22 25 27 30 30 34 40 
         600 658
 limit : 6 6 6 6 6 6 8 8 9 12 12 18 24 34 40 60 72 100 100
 instalments = +.79*size +.24*insured -.11*age25 +.1*age55 -.19*income +.06*pension +.67*noise
-payments : 8.2 8.3 8.3 8.3 8.3 8.3 8.3 8.3 8.4 8.4 8.4 8.4 8.4 8.4 8.8 9.2 9.2 9.3 9.3 9.4 9.5 9.9 10.1 10.2 10.8 12.5 12.6 13.4 14.2 \
-        14.9 15.6 17.1 17.9 18.7 19.5 19.6 20.6 21.3 22.6 23.5 25.1 26.1 27.2 28.1 30.3 30.9 31.8 34 34.1 34.1 34.2 34.2 34.7 36.2 \
-        36.3 36.4 37.1 37.7 37.8 37.8 37.8 37.9 37.9 37.9 37.9 37.9 37.9 37.9 39.6 39.6 39.6 39.6 39.6
+payments : 8.2 8.3 8.3 8.3 8.4 8.4 8.4 8.8 9.2 9.3 9.5 10.1 10.8 12.6 14.2 15.6 17.9 19.5 20.6 22.6 25.1 27.2 30.3 31.8 34.1 34.2 \
+        34.7 36.3 37.2 37.8 37.8 37.9 37.9 37.9 39.5 39.6 39.6
 '''
 
-# %% ../nbs/21_synthetic.ipynb #6e51b100
+# %% ../nbs/21_synthetic.ipynb #ca244ef7
 _PRODUCTS = '''
 ratio
     1 | +0 ; 1.198 | -.97 -.6*age25 -.3*higher ; 1.1584 | -.74 -.5*size -.5*size*size -.5*age25
@@ -386,18 +398,12 @@ NAME_TYPE_SUITE
     Children | -4.19 +.5*parted -.8*male ; Other_B | -5.29 +1.3*single +.4*parted -.4*male ; (none) | -5.35 -.7*civil +.9*revolving
     Other_A | -6.25 +1*single +.6*parted +1.3*civil +.4*male ; Group of people | -6.94 +.4*parted +.7*revolving
 WEEKDAY_APPR_PROCESS_START
-    TUESDAY | +0
-    WEDNESDAY | -.03
-    MONDAY | -.05
-    THURSDAY | -.07
-    FRIDAY | -.08
-    SATURDAY | -.43
-    SUNDAY | -1.23
+    TUESDAY | +0 ; WEDNESDAY | -.03 ; MONDAY | -.05 ; THURSDAY | -.07 ; FRIDAY | -.08 ; SATURDAY | -.43 ; SUNDAY | -1.23
 '''
 _RARE_DOCUMENTS = {2: 4e-5, 4: 8e-5, 7: 2e-4, 10: 2e-5, 12: 7e-6, 13: 0.0044, 14: 0.0037, 15: 0.0015, 16: 0.0122, 17: 3e-4, 18: 0.01,
                    19: 6e-4, 20: 5e-4, 21: 3e-4}
 
-# %% ../nbs/21_synthetic.ipynb #6f52bcf2
+# %% ../nbs/21_synthetic.ipynb #5090a966
 _PAYMENTS = np.array('''
 8.4 8.8 9.2 9.3 9.4 9.5 9.7 10 10.1 10.2 10.3 10.5 10.8 12.4 12.5 12.6 12.7 13.7 14 14.3 14.7 14.8 14.9 15 15.3 15.4 15.5 15.6
 16.3 16.5 17.3 17.4 17.7 17.8 17.9 18.3 18.4 18.7 19 19.4 19.5 19.6 20.4 20.5 20.6 20.7 20.8 21.3 21.4 21.5 22.5 22.6 22.7 23.4
@@ -408,7 +414,7 @@ _PRICES = np.array('''
 115 120 125 130 140 150 151 153 155 156 160 170 180 190 200 201 203 205 206 210 230 240 250 251 300 301 350 400 500
 '''.split(), float)  # round sums, in units of 4,500
 
-
+# %% ../nbs/21_synthetic.ipynb #f0b50c1c
 def _near(values:_Array, grid:_Array)->_Array:
     "The nearest value of an increasing grid."
     return grid[np.searchsorted((grid[1:] + grid[:-1]) / 2, values)]
@@ -427,7 +433,7 @@ def _income(draft:_Draft)->None:
     draft.columns['FLAG_OWN_CAR'] = np.where(car, 'Y', 'N')
     draft.columns['OWN_CAR_AGE'] = np.where(car, age, np.nan)
 
-# %% ../nbs/21_synthetic.ipynb #bfebefdd
+# %% ../nbs/21_synthetic.ipynb #d3930c1a
 def _loan(draft:_Draft)->None:
     "Contract, price, credit and annuity."
     revolving = draft.chance('revolving')
@@ -439,10 +445,9 @@ def _loan(draft:_Draft)->None:
     named = np.where(draft.rare(0.85), _near(named, _PRICES), np.round(named))
     price = np.where(revolving, 22500 * np.round(draft.curve('limit', size)), 4500 * named)
     credit = np.where(revolving, price, 4.5 * np.round(price * ratio / 4.5))
-    payments = draft.curve('payments', draft.score('instalments'))
-    payments = np.where(draft.rare(0.95), _near(payments, _PAYMENTS), payments) + draft.rng.normal(0, 0.03, draft.rows)
+    payments = _near(draft.curve('payments', draft.score('instalments')), _PAYMENTS) + draft.rng.normal(0, 0.03, draft.rows)
     annuity = np.where(revolving, credit / 20, 4.5 * np.round(credit / payments / 4.5))
-    draft.note(instalments=np.where(revolving, 0, draft.signals['instalments']), burden=np.log(annuity / draft.columns['AMT_INCOME_TOTAL']))
+    draft.note(instalments=draft.signals['instalments'] * ~revolving, burden=np.log(annuity / draft.columns['AMT_INCOME_TOTAL']))
     draft.columns['NAME_CONTRACT_TYPE'] = np.where(revolving, 'Revolving loans', 'Cash loans')
     draft.columns['AMT_CREDIT'] = credit
     draft.columns['AMT_ANNUITY'] = np.where(draft.rare(4e-5), np.nan, annuity)
@@ -661,27 +666,27 @@ def _building(draft:_Draft)->None:
         draft.columns[f'{name}_MODE'] = np.where(_known(draft, share), draft.pick(f'{name}_MODE'), '(none)')
     draft.columns['EMERGENCYSTATE_MODE'] = np.where(housed, draft.pick('EMERGENCYSTATE_MODE'), '(none)')
 
-# %% ../nbs/21_synthetic.ipynb #2b4bcd00
+# %% ../nbs/21_synthetic.ipynb #53084f88
 _DEFAULT = '''
-default = -1.22 -.59*ext3 -.42*ext2 -.29*ext1 +.07*ext3*ext3 +.06*ext2*ext2 +.06*ext1*ext1 +.12*male*ext3 +.1*age25*ext2 -.2*age25 \
-        +.1*age55 +.15*age65 -.15*care +.2*noise +.36*male -.28*higher -.2*some -.25*state -.15*pension -.18*employed +1*burden \
-        +.42*income -.53*size +.2*instalments -.08*instalments*instalments +.14*insured +.2*revolving -.36*car +.18*single +.14*civil \
+default = -1.288 -.63*ext3 -.42*ext2 -.31*ext1 +.07*ext3*ext3 +.06*ext2*ext2 +.06*ext1*ext1 +.12*male*ext3 +.1*age25*ext2 -.2*age25 \
+        +.1*age55 +.15*age65 -.15*care +.12*noise +.38*male -.3*higher -.2*some -.25*state -.15*pension -.2*employed +1*burden \
+        +.42*income -.53*size +.2*instalments -.08*instalments*instalments +.14*insured +.2*revolving -.38*car +.18*single +.14*civil \
         +.06*children +.2*guest -.2*top +.08*low -.14*passport -.06*phone +.04*new_phone +.14*FLAG_WORK_PHONE -.16*FLAG_PHONE \
-        +.22*moved +.2*late +.08*enquired +.45*unlisted -.8*document16 +.1*document3 -.6*security +.1*manual -.06*housed \
+        +.22*moved +.24*late +.08*enquired +.45*unlisted -.8*document16 +.1*document3 -.6*security +.1*manual -.06*housed \
         -.03*housed*area -.04*housed*height
 '''
 
-# %% ../nbs/21_synthetic.ipynb #91a1c6ad
-def _default(draft:_Draft)->_Array:
+# %% ../nbs/21_synthetic.ipynb #50ef2743
+def _default(draft:_Draft)->None:
     "The true probability of default, and the outcome drawn from it."
     truth = 1 / (1 + np.exp(-draft.score('default')))
+    draft.note(true_pd=truth)
     draft.columns['TARGET'] = draft.rare(truth).astype(int)
-    return truth
 
-# %% ../nbs/21_synthetic.ipynb #bb9055c5
-_MODEL = _parse(_PERSON, _EMPLOYERS, _JOBS, _MONEY, _PRODUCTS, _OUTSIDE, _BUILDING, _DEFAULT)
-_STEPS: list[Callable[[_Draft], None]] = [
-    _person, _place, _household, _job, _papers, _income, _loan, _visit, _contacts, _circle, _bureau, _building]
+# %% ../nbs/21_synthetic.ipynb #b34df491
+_TABLES = [_PERSON, _EMPLOYERS, _JOBS, _MONEY, _PRODUCTS, _OUTSIDE, _BUILDING, _DEFAULT]
+_STEPS: list[_Step] = [
+    _person, _place, _household, _job, _papers, _income, _loan, _visit, _contacts, _circle, _bureau, _building, _default]
 
 # %% ../nbs/21_synthetic.ipynb #ea8812ec
 HOME_CREDIT_COLUMNS: list[str] = [
@@ -711,20 +716,18 @@ class Block(NamedTuple):
     applications: pa.RecordBatch # the 122 columns of the real table, in its order
     truth: pa.RecordBatch # SK_ID_CURR and true_pd
 
-# %% ../nbs/21_synthetic.ipynb #945cbabb
+# %% ../nbs/21_synthetic.ipynb #f2fe683c
 _ROWS, _FIRST, _SPAN = 8192, 100_002, 9490  # of a block: rows, the number it starts from, how many numbers its rows are drawn from
 
 
 def _block(seed:int, number:int)->Block:
     "One whole block."
     rng = np.random.default_rng(np.random.SeedSequence(seed, spawn_key=(number,)))
-    draft = _Draft(_MODEL, rng, _ROWS)
-    for step in _STEPS:
-        step(draft)
-    truth = _default(draft)
+    draft = _drawn(_TABLES, _STEPS, rng, _ROWS)
     draft.columns['SK_ID_CURR'] = _FIRST + number * _SPAN + np.sort(rng.choice(_SPAN, _ROWS, replace=False))
     applications = pa.RecordBatch.from_arrays([_arrow(draft.columns[name]) for name in HOME_CREDIT_COLUMNS], HOME_CREDIT_COLUMNS)
-    return Block(applications, pa.RecordBatch.from_arrays([applications.column(0), _arrow(truth)], ['SK_ID_CURR', 'true_pd']))
+    truth = pa.RecordBatch.from_arrays([applications.column(0), _arrow(draft.signals['true_pd'])], ['SK_ID_CURR', 'true_pd'])
+    return Block(applications, truth)
 
 # %% ../nbs/21_synthetic.ipynb #34799374
 def home_credit(

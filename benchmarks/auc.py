@@ -52,8 +52,8 @@ def take(frame: Frame, rows: npt.NDArray[np.int64]) -> Frame:
     return {name: values[rows] for name, values in frame.items()}
 
 
-def score_fold(contract: Contract, learn: Frame, check: Frame, folder: Path, trials: int, threads: int) -> dict[str, Any]:
-    "Margins of each model for one outer fold, learnt from its training rows only."
+def score_fold(contract: Contract, learn: Frame, check: Frame, folder: Path, trials: int, threads: int) -> tuple[dict[str, Any], int]:
+    "Margins of each model for one outer fold, learnt from its training rows only, and the trial that the search kept."
     plan = fit_plan(contract, [learn])
     features, target = plan.frame(check), contract.target.name
     columns = [i for i, name in enumerate(plan.names) if name in contract.columns or name in RATIOS]
@@ -69,7 +69,7 @@ def score_fold(contract: Contract, learn: Frame, check: Frame, folder: Path, tri
     for name, model in [(DEFAULT, train(prepared, inner, start, cv=None if found.chosen else found.cv, seed=SEED, threads=threads)),
                         (SEARCH, train(prepared, inner, found.params, cv=found.cv, seed=SEED, threads=threads))]:
         margins[name] = lgb.Booster(model_str=model.model_text).predict(features, raw_score=True, num_threads=threads)
-    return margins
+    return margins, found.chosen
 
 
 def show(target: npt.NDArray[np.float64], folds: Folds, margins: dict[str, npt.NDArray[np.float64]]) -> None:
@@ -95,13 +95,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         frame = read_all(contract, Path(os.environ['RISKSCORE_DATA']) / env['data_path'], Path(folder))
         target = frame[contract.target.name]
-        folds, margins = cv_folds(target, {'by': 'stratified', 'folds': 5, 'seed': SEED}), {}
+        folds, margins, kept = cv_folds(target, {'by': 'stratified', 'folds': 5, 'seed': SEED}), {}, []
         for i, (learn, check) in enumerate(folds, start=1):
             print(f'outer fold {i} of {len(folds)}, {time.perf_counter() - begin:.0f} s', file=sys.stderr)
-            scored = score_fold(contract, take(frame, learn), take(frame, check), Path(folder), args.trials, args.threads)
+            scored, chosen = score_fold(contract, take(frame, learn), take(frame, check), Path(folder), args.trials, args.threads)
+            kept.append(chosen)
             for name, values in scored.items():
                 margins.setdefault(name, np.empty(len(target)))[check] = values
-    print(f'{len(target):,} rows, {int(target.sum()):,} bad; {args.trials} trials a search; {time.perf_counter() - begin:.0f} s')
+    print(f'{len(target):,} rows, {int(target.sum()):,} bad; {args.trials} trials a search, which kept the default in {kept.count(0)} of 5 folds; '
+          f'{time.perf_counter() - begin:.0f} s')
     show(target, folds, margins)
 
 

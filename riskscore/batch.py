@@ -162,17 +162,17 @@ def _ahead(
             coming = thread.submit(next, iterator, None)
             yield item
 
-# %% ../nbs/30_batch.ipynb #ef96c924
+# %% ../nbs/30_batch.ipynb #2d7caeb2
 @dataclass
 class BatchRun:
     "What happened to one file."
 
     source: Path  # the file that was scored
     out: Path  # the answers
-    digest: str  # SHA-256 of the file
     model_version: str
     currency: str
     notes: list[str] = field(default_factory=list)  # what a person should know of the file as a whole
+    digest: str = ''  # SHA-256 of the file
     rows: int = 0
     scored: int = 0
     decisions: Counter[str] = field(default_factory=Counter)  # approve, refer, decline -> how many
@@ -310,7 +310,7 @@ def _keep(
         'seconds': round(run.seconds, 3), 'output': kept / answers})
     return kept
 
-# %% ../nbs/30_batch.ipynb #8585db86
+# %% ../nbs/30_batch.ipynb #e920f667
 def score_batch(
     source:str|Path, # a file of applications; of a folder or pattern the newest file
     bundle:Scorer|str|Path, # a loaded bundle, its directory, or a pointer such as data/models/champion.json
@@ -328,9 +328,12 @@ def score_batch(
     if file.resolve() == Path(out).resolve():
         raise RiskError(f'{out} holds the applications; writing the answers there would destroy them. Choose another name.')
     scorer = bundle if isinstance(bundle, Scorer) else load_bundle(bundle)
-    run = BatchRun(file, Path(out), digest_file(file), scorer.version, scorer.contract.currency, [note] if note else [])
+    run = BatchRun(file, Path(out), scorer.version, scorer.contract.currency, [note] if note else [])
     join = with_related(scorer.contract, related)[1]
-    _write(run, _ahead(_prepared(run, scorer, join, ignore_unknown)), scorer, threads, progress)
+    with ThreadPoolExecutor(1) as beside:
+        digest = beside.submit(digest_file, file)
+        _write(run, _ahead(_prepared(run, scorer, join, ignore_unknown)), scorer, threads, progress)
+        run.digest = digest.result()
     run.seconds = time.perf_counter() - started
     run.kept = None if archive is None else _keep(run, Path(archive))
     return run

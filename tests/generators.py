@@ -11,9 +11,13 @@ from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+from hypothesis import assume
 from hypothesis import strategies as st
 
 from riskscore.contract import Contract, parse_contract
+from riskscore.core import RiskError
+from riskscore.expressions import MAX_NODES
+from riskscore.features import feature_expressions
 
 MONEY = {'approve': {'good': 0.1, 'bad': -0.5}, 'refer': {'good': 0.05, 'bad': -0.1, 'fixed': -1.0}, 'decline': {'good': 0, 'bad': 0}}
 NAMES = ['age', 'salario_neto', 'mes año', 'default.payment', 'días de atraso', 'class', 'say "hi"', "it's", 'back\\slash', '収入', 'None',
@@ -86,8 +90,19 @@ def contents(draw, derived: int = 3, kinds: tuple[str, ...] = ()):
         features[f'feature {i}'] = text(tree)
         numbers.append(f'feature {i}')
     amount = draw(st.sampled_from([None, *(n for n, c in table.items() if c['kind'] in ('number', 'integer') and c['role'] != 'target')]))
-    return {'name': 'generated', 'value': MONEY, 'rare': {'min_count': draw(st.integers(0, 3))}, 'amount': amount, 'derived': features,
-            'columns': table}
+    found = {'name': 'generated', 'value': MONEY, 'rare': {'min_count': draw(st.integers(0, 3))}, 'amount': amount, 'derived': features,
+             'columns': table}
+    assume(not _too_large(found))
+    return found
+
+
+def _too_large(content: dict) -> bool:
+    "Does a feature stand for more operations than an expression may have? The standard deviation of dates does."
+    try:
+        feature_expressions(parse_contract(content))
+    except RiskError as error:
+        return f'{MAX_NODES:,} operations' in str(error)
+    return False
 
 
 def contracts(**settings):

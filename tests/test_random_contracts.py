@@ -131,7 +131,7 @@ def build(checkout: Path, **parameters) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('seed', [1, 2, 3])
+@pytest.mark.parametrize('seed', [1, 2, 7])  # by time, with a target in words; in order, without amounts
 def test_an_unknown_table_builds_without_a_change_of_code(tmp_path, root, seed):
     checkout = copy_checkout(root, tmp_path)
     content, raw = portfolio(seed, 3_000)

@@ -46,7 +46,7 @@ def _phrases(
     phrases = (re.escape(' '.join(p.split())).replace(r'\ ', ' ').replace(r'\*', r'\w*') for p in text.split(','))
     return re.compile(rf'\b({"|".join(phrases)})\b')
 
-# %% ../nbs/25_infer.ipynb #8c94c4d3
+# %% ../nbs/25_infer.ipynb #f2ab14c8
 _LEAK = _phrases("""
     saldo, mora, moros*, vencid*, castig*, cobranza*, recupera*, recobr*, impag*, incumpl*, atraso*, pagado, pagada, arrears,
     overdue, past due, dpd, delinq*, write off, writeoff, charge off, charged off, chargeoff, recover*, collect*, settle*,
@@ -63,7 +63,7 @@ _AGE_OF_THINGS = _phrases("""
 _ID = _phrases("""
     id, ids, key, uuid, guid, folio, dni, nif, cedula, rut, curp, ssn, passport, pasaporte, iban, email, phone, telefono, contrato,
     expediente, loan no, loan number, application no, application number, customer no, customer number, client no, account, account
-    no, account number, member no, cliente, solicitud, operacion, numero""")
+    no, account number, member no, cliente, solicitud, operacion, numero, ref, reference, referencia""")
 _CODE = _phrases("""
     type, tipo, code, codigo, cod, kind, class, clase, categor*, status, estado, education, educacion, estudios, region, provincia,
     province, state, city, ciudad, municipio, branch, sucursal, agencia, product*, purpose, destino, proposito, occupation,

@@ -11,18 +11,17 @@ from pathlib import Path
 from .sources import SYNTHETIC, resolve_source
 from .synthetic import write_home_credit
 
-# %% ../nbs/22_raw.ipynb #ea2d7602
+# %% ../nbs/22_raw.ipynb #bfaf7318
 def raw_table(
     data_path:str, # a path, a pattern, or the word synthetic
     rows:int|None, # applicants of the synthetic table; None for the size of the real one
     seed:int, # of the synthetic table
     folder:str|Path, # where the synthetic table is kept
 )->Path: # what to ingest
-    "The raw applications of a build; the synthetic ones are made when they are not there."
+    "The raw applications of a build; the synthetic ones are made here."
     if data_path != SYNTHETIC:
         return resolve_source(data_path)
     name = f'home_credit_{rows or "full"}_{seed}'
     path, truth = Path(folder) / f'{name}.csv', Path(folder) / f'{name}.truth.parquet'
-    if not (path.exists() and truth.exists()):
-        write_home_credit(path, **({'rows': rows} if rows else {}), seed=seed, truth_path=truth)
+    write_home_credit(path, **({'rows': rows} if rows else {}), seed=seed, truth_path=truth)
     return path

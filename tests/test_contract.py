@@ -258,14 +258,12 @@ def test_a_missing_file_is_said(tmp_path, name):
         load_contract(tmp_path / name)
 
 
-def test_committed_contracts(root):
-    paths = sorted((root / 'data/contracts').glob('*.yaml'))
-    assert {'home_credit', 'taiwan', 'pi_m5'} <= {p.stem for p in paths}
-    for path in paths:
-        contract = load_contract(path)
-        assert contract.name == path.stem and contract.target and contract.title
-        assert all(set(c.words) == {'en', 'es'} for c in contract.feature_columns), path
-        assert parse_contract(contract.to_dict()) == contract
+@pytest.mark.parametrize('name', ['home_credit', 'taiwan', 'pi_m5'])
+def test_committed_contracts(root, name):
+    contract = load_contract(root / f'data/contracts/{name}.yaml')
+    assert contract.name == name and contract.target and contract.title
+    assert all(set(c.words) == {'en', 'es'} for c in contract.feature_columns)
+    assert parse_contract(contract.to_dict()) == contract
 
 
 @settings(max_examples=examples(50))

@@ -407,12 +407,12 @@ def _column_dict(column:Column)->dict[str, Any]:
     default = asdict(Column('', kind='', role=''))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(column).items() if k != 'name' and v != default[k]}
 
-# %% ../nbs/01_contract.ipynb #dd111e11
+# %% ../nbs/01_contract.ipynb #c980fd13
 def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Violation]:
-    "Columns that are unknown, and columns that are required and missing."
+    "Columns that are unknown, and columns that are required and missing; what is known later, or never used, is not required."
     found = [Violation(str(n), 'unknown', 'hard', 1, expected=suggest(n, contract.columns)) for n in given if n not in contract.columns]
     for column in contract.columns.values():
-        required = need_target if column.role == 'target' else not column.null
+        required = need_target if column.role == 'target' else not column.null and column.role not in ('leak', 'excluded')
         if required and column.name not in given:
             found.append(Violation(column.name, 'missing', 'hard', 1))
     return found

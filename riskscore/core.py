@@ -47,14 +47,15 @@ class RiskError(ValueError):
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.message, self.problems)
 
-# %% ../nbs/00_core.ipynb #01c3b945
+# %% ../nbs/00_core.ipynb #e60ec978
 def suggest(
     word:object, # what came
     options:Iterable[str], # what would have been right
 )->str: # " Did you mean 'range'?", or an empty string when nothing is near
     "A hint that names the nearest valid option."
-    near = difflib.get_close_matches(str(word), list(options), n=1, cutoff=0.6)
-    return f" Did you mean '{near[0]}'?" if near else ''
+    by_lower = {option.lower(): option for option in options}
+    near = difflib.get_close_matches(str(word).lower(), list(by_lower), n=1, cutoff=0.6)
+    return f" Did you mean '{by_lower[near[0]]}'?" if near else ''
 
 # %% ../nbs/00_core.ipynb #d2ea890d
 def digest_bytes(

@@ -6,16 +6,15 @@
 __all__ = ['GROUP_ROWS', 'Join', 'table_schema', 'arrow_frame', 'table_writer', 'open_table', 'read_table', 'read_columns',
            'Batch', 'read_column', 'read_frames', 'read_ids', 'stored_batch']
 
-# %% ../nbs/21_datasets.ipynb #a5e3abe0
+# %% ../nbs/21_datasets.ipynb #c96a0cef
 import datetime as dt
 import re
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -338,37 +337,26 @@ def _checked_batch(
                                     raw.ragged[0][1], f'{raw.table.num_columns} fields in every line'))
     return Batch(raw.file, raw.rows, violations, reasons, raw.ragged, raw.table, typed)
 
-# %% ../nbs/21_datasets.ipynb #355532a9
-_Item = TypeVar('_Item')
+# %% ../nbs/21_datasets.ipynb #38a89db2
 Join = Callable[[RawBatch], dict[str, npt.NDArray[np.float64]]]
 
 
 def read_frames(
     source:str|Path, # a file, a folder of partitions, or a pattern
     contract:Contract, # what is expected
-    batch_rows:int=8_192, # rows in memory at a time
+    batch_rows:int=GROUP_ROWS, # rows in memory at a time
     need_target:bool=False, # is a missing outcome an error, as it is for a table to learn from?
     join:Join|None=None, # further columns for the rows of a raw batch
 )->Iterator[Batch]: # typed rows, what is wrong with them, and their numbers
     "Streams the rows of any source as typed frames; raises only when a file cannot be read."
     contract, file = _labelled(contract) if need_target else contract, None
-    for raw in _one_ahead(read_raw(source, batch_rows, contract.nulls, contract.columns)):
+    for raw in read_raw(source, batch_rows, contract.nulls, contract.columns):
         joined = join(raw) if join else {}
         batch = _checked_batch(contract, raw, joined)
         if raw.file != file:
             batch.violations[:0] = _column_violations(contract, [*raw.table.schema.names, *joined], need_target)
         file = raw.file
         yield batch
-
-# %% ../nbs/21_datasets.ipynb #abedd3c4
-def _one_ahead(items:Iterator[_Item])->Iterator[_Item]:
-    "The items, each fetched in a thread while the one before it is in use."
-    end = object()
-    with ThreadPoolExecutor(1) as pool:
-        coming: Future[Any] = pool.submit(next, items, end)
-        while (item := coming.result()) is not end:
-            coming = pool.submit(next, items, end)
-            yield item
 
 # %% ../nbs/21_datasets.ipynb #97d5c644
 def _labelled(contract:Contract)->Contract:

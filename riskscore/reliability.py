@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['brier', 'log_loss', 'ece', 'ece_noise', 'calibration_line', 'wilson_interval', 'calibration_table']
 
-# %% ../nbs/08_reliability.ipynb #d404fc6b
+# %% ../nbs/08_reliability.ipynb #9fdb8d98
 from collections.abc import Callable
 from statistics import NormalDist
 
 import numpy as np
 import numpy.typing as npt
 
-from .calibration import sigmoid
+from .calibration import logistic_fit
 from .core import Frame
 from .ranking import checked, equal_mass
 
@@ -55,29 +55,7 @@ def ece_noise(
     spread = np.sqrt(np.bincount(equal_mass(p, bins), weights=p * (1 - p)))
     return float(np.sqrt(2 / np.pi) * spread.sum() / len(p))
 
-# %% ../nbs/08_reliability.ipynb #ac113579
-def _newton(design:npt.NDArray, offset:npt.NDArray, bad:npt.NDArray[np.bool_])->tuple[npt.NDArray, npt.NDArray]:
-    "Logistic regression of `bad` on `design`: coefficients and standard errors."
-    def loss(beta:npt.NDArray)->float:
-        z = offset + design @ beta
-        return float(np.logaddexp(0, np.where(bad, -z, z)).sum())
-
-    beta = np.zeros(design.shape[1])
-    for _ in range(40):
-        p = sigmoid(offset + design @ beta)
-        information = design.T @ (design * (p * (1 - p))[:, None])
-        strength = np.linalg.eigvalsh(information)
-        if strength[0] < 1e-12 * max(strength[-1], 1):  # in some direction the data say nothing
-            break
-        step = np.linalg.solve(information, design.T @ (bad - p))
-        while loss(beta + step) > loss(beta) and np.abs(step).max() > 1e-9:
-            step = step / 2
-        beta = beta + step
-        if np.abs(step).max() < 1e-9:
-            return beta, np.sqrt(np.diag(np.linalg.inv(information)))
-    return np.full_like(beta, np.nan), np.full_like(beta, np.nan)
-
-# %% ../nbs/08_reliability.ipynb #6de53525
+# %% ../nbs/08_reliability.ipynb #b8721ec1
 def calibration_line(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
@@ -87,8 +65,8 @@ def calibration_line(
     bad, p = checked(y, pd, probability=True)
     p = np.clip(p, 1e-15, 1 - 1e-15)
     odds, ones = np.log(p / (1 - p)), np.ones(len(p))
-    slope, slope_error = _newton(np.stack([ones, odds], axis=1), np.zeros(len(p)), bad)
-    shift, shift_error = _newton(ones[:, None], odds, bad)
+    slope, slope_error = logistic_fit(np.stack([ones, odds], axis=1), np.zeros(len(p)), bad)
+    shift, shift_error = logistic_fit(ones[:, None], odds, bad)
     z = NormalDist().inv_cdf((1 + level) / 2)
     found = {'slope': (slope[1], slope_error[1]), 'intercept': (shift[0], shift_error[0])}
     return {name + end: float(value + sign * z * error) for name, (value, error) in found.items()

@@ -343,12 +343,14 @@ def _explanation(error:BaseException)->str:
         cause = cause.__cause__ or cause.__context__
     return str(_format.exception(error))
 
-# %% ../nbs/50_dag.ipynb #e2ded0a2
+# %% ../nbs/50_dag.ipynb #e18fc036
 def _quiet_kernel(task:Any, label:str)->None:
     "A bar over the cells on a terminal only; the kernel keeps its own log to itself; the line to it is encrypted where it can be."
     if hasattr(task, 'executor_params'):
         bar = {'desc': label, 'leave': False, 'bar_format': '{desc} {bar:24} cell {n_fmt} of {total_fmt}, {elapsed}'}
-        task.executor_params.setdefault('progress_bar', bar if sys.stderr.isatty() else False)
+        on_terminal = sys.stderr.isatty()
+        task.executor_params.setdefault('progress_bar', bar if on_terminal else False)
+        task.executor_params.setdefault('stderr_file', sys.stderr if on_terminal else None) # bars that a task draws itself
         task.executor_params.setdefault('extra_arguments', ['--IPKernelApp.log_level=50'])
         task.executor_params.setdefault('config', Config({'KernelManager': {'transport_encryption': 'auto'}}))
 

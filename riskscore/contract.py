@@ -26,7 +26,7 @@ import yaml
 
 from .core import Frame, RiskError, canonical_json, digest_bytes, listing, suggest
 
-# %% ../nbs/01_contract.ipynb #b0a13b43
+# %% ../nbs/01_contract.ipynb #7361fd60
 KINDS = ('number', 'integer', 'category', 'flag', 'date')
 ROLES = ('feature', 'target', 'id', 'time', 'protected', 'leak', 'excluded')
 Limits = tuple[float | None, float | None]
@@ -56,6 +56,11 @@ class Column:
     def known(self) -> frozenset[str]:
         "Levels as a set."
         return frozenset(self.levels)
+
+    @property
+    def required(self) -> bool:
+        "Must an application have a value? What is known later, or never used, need not be there."
+        return not self.null and self.role not in ('leak', 'excluded')
 
     @cached_property
     def codes(self) -> frozenset[str | float]:
@@ -304,7 +309,7 @@ def _read_objects(column:Column, values:list[Any])->tuple[npt.NDArray[Any], npt.
             seen[value] = typed[i]
     return typed, unreadable
 
-# %% ../nbs/01_contract.ipynb #7d837832
+# %% ../nbs/01_contract.ipynb #f566182c
 def _limit_masks(column:Column, typed:npt.NDArray[Any], unreadable:npt.NDArray[np.bool_])->dict[str, npt.NDArray[np.bool_]]:
     "For each rule of one column, which rows break it; rules in order of severity."
     levels_only = column.kind == 'flag' or column.role == 'target'
@@ -320,7 +325,7 @@ def _limit_masks(column:Column, typed:npt.NDArray[Any], unreadable:npt.NDArray[n
             outside |= (typed < low) if low is not None else False
             outside |= (typed > high) if high is not None else False
             masks[rule] = outside & ~masks['hard_range'] if rule == 'range' else outside
-    if not column.null:
+    if column.required:
         masks['null'] = null & ~unreadable
     return masks
 
@@ -407,12 +412,12 @@ def _column_dict(column:Column)->dict[str, Any]:
     default = asdict(Column('', kind='', role=''))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(column).items() if k != 'name' and v != default[k]}
 
-# %% ../nbs/01_contract.ipynb #c980fd13
+# %% ../nbs/01_contract.ipynb #c4120ab8
 def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Violation]:
     "Columns that are unknown, and columns that are required and missing; what is known later, or never used, is not required."
     found = [Violation(str(n), 'unknown', 'hard', 1, expected=suggest(n, contract.columns)) for n in given if n not in contract.columns]
     for column in contract.columns.values():
-        required = need_target if column.role == 'target' else not column.null and column.role not in ('leak', 'excluded')
+        required = need_target if column.role == 'target' else column.required
         if required and column.name not in given:
             found.append(Violation(column.name, 'missing', 'hard', 1))
     return found
@@ -472,7 +477,7 @@ def check_record(
             violations.append(Violation(column.name, rule, severity, 1, (), example, _expected(column, rule)))
     return typed, violations
 
-# %% ../nbs/01_contract.ipynb #183546f3
+# %% ../nbs/01_contract.ipynb #f6163783
 def _read_value(column:Column, raw:Any)->tuple[Any, str]:
     "The typed value of one field and the rule it breaks, or an empty string."
     try:
@@ -480,7 +485,7 @@ def _read_value(column:Column, raw:Any)->tuple[Any, str]:
     except (ValueError, OverflowError):
         return _null_value(column), 'level' if column.kind == 'flag' or column.role == 'target' else 'type'
     if value is None or value != value:
-        return value, '' if column.null else 'null'
+        return value, 'null' if column.required else ''
     if isinstance(value, str):
         return value, '' if not column.levels or value in column.known else 'level' if column.closed else 'unseen'
     for rule, (low, high) in (('hard_range', column.hard), ('range', column.range)):
@@ -610,7 +615,7 @@ def _frozen(value:Any)->Any:
     "Lists as tuples, so that a contract cannot be changed by accident."
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/01_contract.ipynb #62696e55
+# %% ../nbs/01_contract.ipynb #260c25b2
 def _parse_column(given:Any, content:Any, problems:list[str])->Column:
     "One column of the YAML; what is wrong with it is added to `problems`."
     name = str(given)
@@ -627,6 +632,8 @@ def _parse_column(given:Any, content:Any, problems:list[str])->Column:
     for key in ('range', 'hard'):
         if key in known:
             known[key] = _limits_of(where, key, known, problems)
+    if known.get('role') == 'target':
+        known['null'] = True  # an outcome is required where it is learnt from, and never of an application
     if known.get('kind') == 'flag':
         known.setdefault('levels', ('0', '1'))
     if 'levels' in known:

@@ -79,7 +79,7 @@ def contents(draw, derived: int = 3, kinds: tuple[str, ...] = ()):
     table = {name: draw(columns(kind)) for name, kind in zip(names, wanted, strict=True)}
     table[names[0]] |= {'role': 'feature'}
     table['bad'] = draw(st.sampled_from([
-        {'kind': 'flag', 'role': 'target', 'bad': 1}, {'kind': 'category', 'role': 'target', 'levels': ['paid', 'late'], 'bad': 'late'},
+        {'kind': 'flag', 'role': 'target', 'bad': 1, 'null': False}, {'kind': 'category', 'role': 'target', 'levels': ['paid', 'late'], 'bad': 'late'},
         {'kind': 'integer', 'role': 'target', 'bad': 0}]))
     numbers = [n for n, c in table.items() if c['kind'] in ('number', 'integer', 'flag') and c['role'] not in ('target', 'leak')]
     dates = [n for n, c in table.items() if c['kind'] == 'date' and c['role'] != 'leak']
@@ -155,7 +155,7 @@ def raw_values(kind: str):
 def tables(draw, contract: Contract, max_rows: int = 12):
     "A raw table as a mapping of columns to lists; some columns are missing."
     rows = draw(st.integers(1, max_rows))
-    present = [c for c in contract.columns.values() if draw(st.integers(0, 9)) or not c.null]
+    present = [c for c in contract.columns.values() if draw(st.integers(0, 9)) or c.required]
     return {c.name: draw(st.lists(raw_values(c.kind), min_size=rows, max_size=rows)) for c in present} or {'bad': [1] * rows}
 
 

@@ -410,6 +410,19 @@ def test_unknown_and_missing_columns():
     assert [v.rule for v in check_record(LOANS, {n: v[0] for n, v in raw.items()})[1]] == ['unknown', 'missing']
 
 
+@pytest.mark.parametrize('role', ['leak', 'excluded', 'target', 'protected', 'feature'])
+def test_what_is_known_later_is_not_required(role):
+    "Left out, null in a table or null in an application is one thing, refused or not."
+    settings_ = {'kind': 'flag', 'role': role, 'null': False} | ({'bad': 1} if role == 'target' else {})
+    contract = parse_contract({'name': 'x', 'value': {d: {'good': 1, 'bad': -1} for d in ('approve', 'refer', 'decline')},
+                               'columns': {'a': {}, 'late': settings_}})
+    refused = role in ('protected', 'feature')
+    assert check_frame(contract, {'a': [1], 'late': [None]}).bad_rows.tolist() == [refused]
+    assert bool(check_frame(contract, {'a': [1]}).hard) == refused
+    for record in ({'a': 1}, {'a': 1, 'late': None}, {'a': 1, 'late': ''}):
+        assert bool(check_record(contract, record)[1]) == refused
+
+
 @pytest.mark.parametrize('raw', [{'age': [1, 2], 'job': ['clerk']}, {'age': np.ones((2, 2))}, {'age': np.array([1.0]), 'income': []}])
 def test_what_is_no_table(raw):
     with pytest.raises(RiskError, match='columns of one length'):

@@ -4,8 +4,7 @@
 
 Each measurement is a fresh process that imports, reads and writes; the order of the candidates turns from repeat to repeat, so
 that a change in the machine's load meets all of them. Ours also holds every value against the contract, looks for repeated ids
-and digests what came in and what went out; pandas does none of that. Ours parses in a second thread: on an idle machine with two
-cores its seconds are well below its CPU seconds, on a busy one they are not.
+and digests what came in and what went out; pandas does none of that. Both run in one thread.
 """
 import argparse
 import resource

@@ -337,7 +337,7 @@ def _checked_batch(
                                     raw.ragged[0][1], f'{raw.table.num_columns} fields in every line'))
     return Batch(raw.file, raw.rows, violations, reasons, raw.ragged, raw.table, typed)
 
-# %% ../nbs/21_datasets.ipynb #38a89db2
+# %% ../nbs/21_datasets.ipynb #6259b56e
 Join = Callable[[RawBatch], dict[str, npt.NDArray[np.float64]]]
 
 
@@ -350,7 +350,8 @@ def read_frames(
 )->Iterator[Batch]: # typed rows, what is wrong with them, and their numbers
     "Streams the rows of any source as typed frames; raises only when a file cannot be read."
     contract, file = _labelled(contract) if need_target else contract, None
-    for raw in read_raw(source, batch_rows, contract.nulls, contract.columns):
+    numbers = [c.name for c in contract.columns.values() if c.kind in ('number', 'integer') and c.role not in ('id', 'target')]
+    for raw in read_raw(source, batch_rows, contract.nulls, contract.columns, numbers):
         joined = join(raw) if join else {}
         batch = _checked_batch(contract, raw, joined)
         if raw.file != file:

@@ -222,17 +222,35 @@ def _only_member(archive:zipfile.ZipFile, file:str)->str:
                         'Unpack it and name the file you mean.')
     return tables[0]
 
-# %% ../nbs/20_sources.ipynb #a4634968
-_BLOCK_BYTES = 1 << 18
-_MAX_RAGGED = 1000
+# %% ../nbs/20_sources.ipynb #18946bc8
+def _read_csv(
+    path:Path, # a text file, packed or not
+    batch_rows:int, # rows in memory at a time
+    nulls:Sequence[str]=DEFAULT_NULLS, # text that means null
+    known:Collection[str]=(), # column names to take as they are
+    numbers:Collection[str]=(), # columns expected to hold numbers
+)->Iterator[RawBatch]: # rows of the file
+    "Rows of a text file."
+    layout, last = _layout(_open_bytes(path).read(_HEAD_BYTES), path.name, known), 0
+    try:
+        for batch in _parse_csv(path, layout, batch_rows, nulls, numbers):
+            yield batch
+            last = int(batch.rows[-1]) if len(batch.rows) else last
+        return
+    except pa.ArrowInvalid as error:
+        if 'conversion error' not in str(error) or not numbers:
+            raise
+    for batch in _parse_csv(path, layout, batch_rows, nulls):
+        start = int(np.searchsorted(batch.rows, last, side='right'))
+        rest = RawBatch(batch.file, batch.rows[start:], batch.table.slice(start), [r for r in batch.ragged if r[0] > last])
+        if len(rest.rows) or rest.ragged:
+            yield rest
 
-
-def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str]=DEFAULT_NULLS, known:Collection[str]=())->Iterator[RawBatch]:
-    "Rows of a text file as text."
-    layout, ragged = _layout(_open_bytes(path).read(_HEAD_BYTES), path.name, known), _Ragged(path.name)
-    ragged.header_lines = layout.header_lines
-    done = 0
-    for table in _regroup(_open_csv(path, layout, ragged, nulls), batch_rows):
+# %% ../nbs/20_sources.ipynb #e925cdf0
+def _parse_csv(path:Path, layout:_Layout, batch_rows:int, nulls:Sequence[str], numbers:Collection[str]=())->Iterator[RawBatch]:
+    "Rows of a text file; raises `ArrowInvalid` at a word where a number is expected."
+    ragged, done = _Ragged(path.name, layout.header_lines), 0
+    for table in _regroup(_open_csv(path, layout, ragged, nulls, numbers), batch_rows):
         rows = ragged.numbers(done, table.num_rows)
         yield RawBatch(path.name, rows, _decimal_points(table) if layout.decimal_comma else table, ragged.take(rows[-1]))
         done += table.num_rows
@@ -240,12 +258,15 @@ def _read_csv(path:Path, batch_rows:int, nulls:Sequence[str]=DEFAULT_NULLS, know
         empty = pa.RecordBatch.from_arrays([pa.nulls(0, pa.string())] * len(layout.names), names=list(layout.names))
         yield RawBatch(path.name, np.zeros(0, dtype=np.int64), empty, ragged.take(None))
 
-# %% ../nbs/20_sources.ipynb #f9a240e7
+# %% ../nbs/20_sources.ipynb #01a960d1
+_MAX_RAGGED = 1000
+
+
 class _Ragged:
     "Lines of one file with the wrong number of fields."
 
-    def __init__(self, file: str):
-        self.file, self.header_lines = file, 1
+    def __init__(self, file: str, header_lines: int):
+        self.file, self.header_lines = file, header_lines
         self.lines: list[tuple[int, str]] = []  # not yet delivered
         self.before: list[int] = []  # of each such line: how many good rows stand before it
 
@@ -271,15 +292,20 @@ class _Ragged:
         self.lines = self.lines[len(due):]
         return due
 
-# %% ../nbs/20_sources.ipynb #3ed10ab2
-def _open_csv(path:Path, layout:_Layout, ragged:_Ragged, nulls:Sequence[str])->Iterable[pa.RecordBatch]:
+# %% ../nbs/20_sources.ipynb #df70d4fa
+_BLOCK_BYTES = 1 << 18
+
+
+def _open_csv(path:Path, layout:_Layout, ragged:_Ragged, nulls:Sequence[str], numbers:Collection[str])->Iterable[pa.RecordBatch]:
     "Arrow's streaming parser."
+    types = {name: pa.float64() if name in numbers else pa.string() for name in layout.names}
     try:
         return pyarrow.csv.open_csv(
             _open_bytes(path),
             pyarrow.csv.ReadOptions(use_threads=False, block_size=_BLOCK_BYTES, column_names=layout.names, skip_rows=layout.header_lines),
             pyarrow.csv.ParseOptions(delimiter=layout.delimiter, newlines_in_values=True, invalid_row_handler=ragged.keep),
-            pyarrow.csv.ConvertOptions(column_types=dict.fromkeys(layout.names, pa.string()), null_values=nulls, strings_can_be_null=True))
+            pyarrow.csv.ConvertOptions(column_types=types, null_values=nulls, strings_can_be_null=True,
+                                       decimal_point=',' if layout.decimal_comma else '.'))
     except pa.ArrowInvalid as error:
         if 'Could not skip' in str(error):
             return ()  # only a header, without the end of its line
@@ -298,10 +324,11 @@ def _regroup(batches:Iterable[pa.RecordBatch], rows:int)->Iterator[pa.RecordBatc
     if waiting:
         yield pa.concat_batches(waiting)
 
-# %% ../nbs/20_sources.ipynb #e209cea6
+# %% ../nbs/20_sources.ipynb #2c8ea476
 def _decimal_points(table:pa.RecordBatch)->pa.RecordBatch:
-    "Numbers with a decimal comma, rewritten with a point."
-    columns = [pc.replace_substring_regex(c, pattern=r'^\s*([+-]?\d+),(\d+)\s*$', replacement=r'\1.\2') for c in table.columns]
+    "Text of numbers with a decimal comma, rewritten with a point."
+    pattern = r'^\s*([+-]?\d+),(\d+)\s*$'
+    columns = [pc.replace_substring_regex(c, pattern=pattern, replacement=r'\1.\2') if pa.types.is_string(c.type) else c for c in table.columns]
     return pa.RecordBatch.from_arrays(columns, names=table.schema.names)
 
 # %% ../nbs/20_sources.ipynb #e489d029
@@ -395,16 +422,17 @@ def _utf8_fault(path:Path)->RiskError:
             return _not_utf8(path.name, line, error.object[max(0, error.start - 20):error.start + 20])
     return _not_utf8(path.name, line, b'')
 
-# %% ../nbs/20_sources.ipynb #49e064b2
+# %% ../nbs/20_sources.ipynb #08b2e1ef
 def read_raw(
     source:str|Path, # a file, a folder of partitions, or a pattern
     batch_rows:int=16_384, # rows in memory at a time; a batch may hold up to twice as many
     nulls:Sequence[str]=DEFAULT_NULLS, # text that means null in text files
     known:Collection[str]=(), # column names to take as they are; any other loses the blanks around it
+    numbers:Collection[str]=(), # columns of text files to read as numbers, as long as they hold nothing else
 )->Iterator[RawBatch]: # rows of all files in the order of their names
     "Streams the rows of any source as they come."
     readers: dict[str | None, Callable[[Path], Iterator[RawBatch]]] = {
-        'csv': lambda path: _read_csv(path, batch_rows, nulls, known), 'xlsx': lambda path: _read_xlsx(path, batch_rows, known),
+        'csv': lambda path: _read_csv(path, batch_rows, nulls, known, numbers), 'xlsx': lambda path: _read_xlsx(path, batch_rows, known),
         'parquet': lambda path: _read_parquet(path, batch_rows)}
     for path in source_files(source):
         row = 0

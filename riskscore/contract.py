@@ -615,13 +615,18 @@ def _frozen(value:Any)->Any:
     "Lists as tuples, so that a contract cannot be changed by accident."
     return tuple(_frozen(v) for v in value) if isinstance(value, (list, tuple)) else value
 
-# %% ../nbs/01_contract.ipynb #260c25b2
+# %% ../nbs/01_contract.ipynb #362e2c97
+def _column_name(given:Any, problems:list[str])->str:
+    "A column's name as text; YAML takes some names for something else."
+    if not isinstance(given, (str, int)) or isinstance(given, bool):
+        problems.append(f'column {given}: YAML does not read this name as text; put it in quotes.')
+    return str(given)
+
+# %% ../nbs/01_contract.ipynb #9485af99
 def _parse_column(given:Any, content:Any, problems:list[str])->Column:
     "One column of the YAML; what is wrong with it is added to `problems`."
-    name = str(given)
+    name = _column_name(given, problems)
     where = f'column {name}'
-    if not isinstance(given, (str, int)) or isinstance(given, bool):
-        problems.append(f'{where}: YAML does not read this name as text; put it in quotes.')
     if not isinstance(content, Mapping):
         problems.append(f'{where}: expected settings such as {{kind: number}}, got {_SHORT.repr(content)}.')
         return Column(name)

@@ -6,7 +6,7 @@
 __all__ = ['dependencies', 'code_digest', 'contract_digest', 'source_digest', 'check_products', 'BuildLock', 'PipelineExecutor',
            'executor']
 
-# %% ../nbs/50_dag.ipynb #8053cc99
+# %% ../nbs/50_dag.ipynb #0640826e
 import ast
 import fcntl
 import json
@@ -33,6 +33,7 @@ from traitlets.config import Config
 
 from .contract import load_contract
 from .core import RiskError, canonical_json, digest_bytes, listing
+from .feature_sets import feature_expressions
 from .sources import source_fingerprint
 
 # %% ../nbs/50_dag.ipynb #246f0a1a
@@ -138,13 +139,16 @@ def _told()->Iterator[None]:
     except RiskError as error:
         raise DAGSpecInitializationError(str(error)) from None
 
-# %% ../nbs/50_dag.ipynb #4eae1fff
+# %% ../nbs/50_dag.ipynb #30d2bf31
 def contract_digest(
     contract:str|Path, # YAML file
 )->str: # 64 hexadecimal digits
     "Digest of what a contract says; a task parameter in pipeline.yaml."
     with _told():
-        return load_contract(contract).digest
+        read = load_contract(contract)
+        if not read.related:  # the columns of related tables are known only when these are read
+            feature_expressions(read)
+        return read.digest
 
 # %% ../nbs/50_dag.ipynb #fb51fb78
 def source_digest(

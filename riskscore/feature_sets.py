@@ -11,9 +11,9 @@ __all__ = ['credit_to_income', 'annuity_to_income', 'term', 'credit_to_goods', '
            'income_per_person', 'children_share', 'income_to_age', 'defaults_around', 'enquiries', 'documents',
            'age_group', 'total_credits', 'enquiries_per_credit']
 
-# %% ../nbs/24_feature_sets.ipynb #12ee013e
+# %% ../nbs/24_feature_sets.ipynb #3f751efd
 from .expressions import Expr, coalesce, isnull, maximum, mean, minimum, std, total, where
-from .features import feature, feature_meanings  # noqa: F401  # whoever asks this module for meanings has declared the sets
+from .features import feature, feature_expressions, feature_meanings  # noqa: F401  # who asks this module for them has declared the sets
 
 # %% ../nbs/24_feature_sets.ipynb #e7c8ec32
 @feature('home_credit')

@@ -1,5 +1,6 @@
 "What every test shares: quiet tools, no network, and the folder of real data when there is one."
 import os
+import signal
 import socket
 from pathlib import Path
 
@@ -7,6 +8,8 @@ import pytest
 from hypothesis import settings
 
 ROOT = Path(__file__).resolve().parents[1]
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what runs in the background ignores Ctrl-C, and its children would too
 
 os.environ.setdefault('MPLBACKEND', 'Agg')
 os.environ.setdefault('OMP_WAIT_POLICY', 'passive')

@@ -6,7 +6,8 @@
 __all__ = ['log', 'SYNTHETIC', 'resolve_source', 'source_files', 'source_fingerprint', 'RawBatch', 'column_from_numpy',
            'column_from_text', 'column_from_mask', 'read_raw', 'download_home_credit']
 
-# %% ../nbs/20_sources.ipynb #8408ce29
+# %% ../nbs/20_sources.ipynb #241e7dc2
+import atexit
 import codecs
 import csv
 import datetime as dt
@@ -16,6 +17,8 @@ import logging
 import os
 import re
 import shutil
+import time
+import weakref
 import zipfile
 import zlib
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
@@ -203,12 +206,26 @@ def _check_names(names:Sequence[str], file:str)->None:
     if problems:
         raise RiskError(f'The header of {file} must name every column once:', problems)
 
-# %% ../nbs/20_sources.ipynb #f7d7b427
+# %% ../nbs/20_sources.ipynb #46ab33ee
+_HELD: weakref.WeakSet[Any] = weakref.WeakSet()  # what Arrow's thread may still hold
+
+
+@atexit.register
+def _wait_for_arrow()->None:
+    "Gives Arrow's thread up to a second to let go, and a moment more to finish doing so."
+    deadline = time.monotonic() + 1
+    while len(_HELD) and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+
+# %% ../nbs/20_sources.ipynb #4abe27a0
 def _open_bytes(path:Path)->pa.NativeFile:
     "The unpacked bytes of a text file."
     if path.suffix.lower() == '.zip':
         archive = zipfile.ZipFile(path)
-        return pa.PythonFile(archive.open(_only_member(archive, path.name)), mode='r')
+        member = archive.open(_only_member(archive, path.name))
+        _HELD.add(member)
+        return pa.PythonFile(member, mode='r')
     return pa.input_stream(str(path), compression='gzip' if path.suffix.lower() == '.gz' else None)
 
 # %% ../nbs/20_sources.ipynb #0077ad16
@@ -258,7 +275,7 @@ def _parse_csv(path:Path, layout:_Layout, batch_rows:int, nulls:Sequence[str], n
         empty = pa.RecordBatch.from_arrays([pa.nulls(0, pa.string())] * len(layout.names), names=list(layout.names))
         yield RawBatch(path.name, np.zeros(0, dtype=np.int64), empty, ragged.take(None))
 
-# %% ../nbs/20_sources.ipynb #01a960d1
+# %% ../nbs/20_sources.ipynb #d1352fe6
 _MAX_RAGGED = 1000
 
 
@@ -267,6 +284,7 @@ class _Ragged:
 
     def __init__(self, file: str, header_lines: int):
         self.file, self.header_lines = file, header_lines
+        _HELD.add(self)
         self.lines: list[tuple[int, str]] = []  # not yet delivered
         self.before: list[int] = []  # of each such line: how many good rows stand before it
 

@@ -6,13 +6,14 @@
 __all__ = ['Frame', 'frame_rows', 'RiskError', 'suggest', 'digest_bytes', 'digest_file', 'canonical_json', 'atomic_path',
            'write_text', 'listing']
 
-# %% ../nbs/00_core.ipynb #dde4889a
+# %% ../nbs/00_core.ipynb #b2cfa507
 import difflib
 import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -106,11 +107,13 @@ def atomic_path(
     finally:
         _remove(temporary)
 
-# %% ../nbs/00_core.ipynb #031250cd
+# %% ../nbs/00_core.ipynb #7f986b3f
 def _check_place(path:Path)->None:
     "Makes the folder; a device or a pipe cannot be replaced by renaming."
-    if path.exists() and not (path.is_file() or path.is_dir()):
-        raise RiskError(f'{path} is a device or a pipe. Name a file: it is written aside and renamed when complete.')
+    with suppress(OSError):  # one look: between two, another writer may rename its own into place
+        mode = path.stat().st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISDIR(mode)):
+            raise RiskError(f'{path} is a device or a pipe. Name a file: it is written aside and renamed when complete.')
     path.parent.mkdir(parents=True, exist_ok=True)
 
 # %% ../nbs/00_core.ipynb #59054378

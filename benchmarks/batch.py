@@ -34,6 +34,7 @@ from riskscore.datasets import read_frames
 from riskscore.features import fit_plan
 from riskscore.policy import fit_policy
 from riskscore.synthetic import write_home_credit
+from riskscore.trees import Trees
 
 CONTRACT = Path(__file__).parents[1] / 'data' / 'contracts' / 'home_credit.yaml'
 MODEL = {'num_leaves': 63, 'learning_rate': 0.05, 'verbosity': -1}
@@ -50,7 +51,7 @@ def make_scorer(history: Path, folder: Path) -> Scorer:
     booster = lgb.train(MODEL | {'objective': 'binary'}, data, TREES)
     amount = np.concatenate([f[contract.amount] for f in frames])
     policy = fit_policy(contract, np.full(len(amount), bad.mean()), amount)
-    return load_bundle(write_bundle(folder / 'models', booster.model_to_string(), plan, Calibration(0.0, 1.0), policy, contract, {}, {}))
+    return load_bundle(write_bundle(folder / 'models', Trees('lightgbm', booster.model_to_string()), plan, Calibration(0.0, 1.0), policy, contract, {}, {}))
 
 
 def make_usual(history: Path, target: str, threads: int) -> Pipeline:
@@ -98,7 +99,7 @@ def main() -> None:
         matrix = np.concatenate([scorer.plan.frame(b.frame) for b in read_frames(folder / 'applications.parquet', scorer.contract)])
         parquet, text, out = folder / 'applications.parquet', folder / 'applications.csv', folder / 'out'
         times = measured({
-            'predict on a ready matrix in memory': lambda: scorer.booster.predict(matrix, num_threads=args.threads),
+            'predict on a ready matrix in memory': lambda: scorer.predictor.booster.predict(matrix, num_threads=args.threads),
             'score_batch, Parquet to Parquet': lambda: score_batch(parquet, scorer, out.with_suffix('.parquet'), args.threads),
             'score_batch, CSV to CSV': lambda: score_batch(text, scorer, out.with_suffix('.csv'), args.threads),
             'pandas + one-hot pipeline, CSV to CSV': lambda: score_usual(usual, target, text, out),

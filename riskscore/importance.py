@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['permutation_importance', 'shap_importance']
 
-# %% ../nbs/35_importance.ipynb #391211e6
+# %% ../nbs/35_importance.ipynb #6bd91c85
 from collections.abc import Callable, Sequence
 
-import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 
 from .core import Frame, RiskError, suggest
 from .metrics import METRICS, metric
+from .predictors import Predictor
 
 # %% ../nbs/35_importance.ipynb #b1df5e18
 def _sample(total:int, rows:int, seed:int)->npt.NDArray[np.intp]:
@@ -57,19 +57,19 @@ def _fifths(values:npt.NDArray, contributions:npt.NDArray)->npt.NDArray[np.float
     count, total = np.bincount(group, minlength=6), np.bincount(group, weights=contributions, minlength=6)
     return np.divide(total, count, out=np.full(6, np.nan), where=count > 0)
 
-# %% ../nbs/35_importance.ipynb #2f024a54
+# %% ../nbs/35_importance.ipynb #a270d2e8
 def shap_importance(
-    booster:lgb.Booster, # a LightGBM model of log-odds
+    predictor:Predictor, # a model of any family
     matrix:npt.NDArray[np.floating], # (rows, features) as the model takes them
     names:Sequence[str], # name of each feature
     categorical:Sequence[int]=(), # positions of the features that are codes
     rows:int=1000, # size of the sample
     seed:int=0, # of the sample
-    threads:int=1, # of LightGBM
+    threads:int=1, # of the model's library
 )->Frame: # columns feature, importance (mean absolute log-odds), share, and fifth_1 to fifth_5 and missing (mean log-odds)
     "Mean absolute contribution of each feature, and which way it works; largest first."
     sample = matrix[_sample(len(matrix), rows, seed)]
-    contributions = np.asarray(booster.predict(sample, pred_contrib=True, num_threads=threads))[:, :-1]
+    contributions = predictor.contributions(sample, threads)[:, :-1]
     if contributions.shape[1] != len(names):
         raise RiskError(f'The model has {contributions.shape[1]} features, but {len(names)} names came.')
     size = np.abs(contributions).mean(axis=0)

@@ -7,6 +7,7 @@ from sklearn.inspection import permutation_importance as reference
 from sklearn.metrics import roc_auc_score
 
 from riskscore.importance import permutation_importance, shap_importance
+from riskscore.trees import Trees
 
 NAMES = ['strong', 'weak', 'noise', 'code', 'twin']
 
@@ -57,7 +58,7 @@ def test_same_seed_same_numbers_and_nothing_is_edited(model):
 def test_contributions_are_those_of_the_shap_package(model):
     shap = pytest.importorskip('shap')
     booster, matrix, _ = model
-    ours = shap_importance(booster, matrix, NAMES, rows=6000)
+    ours = shap_importance(Trees('lightgbm', booster.model_to_string()), matrix, NAMES, rows=6000)
     theirs = np.abs(shap.TreeExplainer(booster).shap_values(matrix)).mean(axis=0)
     np.testing.assert_allclose(ours['importance'], [theirs[NAMES.index(name)] for name in ours['feature']], atol=1e-9)
     assert ours['share'].sum() == pytest.approx(1)
@@ -65,7 +66,7 @@ def test_contributions_are_those_of_the_shap_package(model):
 
 def test_a_sample_gives_the_same_order_and_fifths_show_the_direction(model):
     booster, matrix, _ = model
-    whole, part = (shap_importance(booster, matrix, NAMES, categorical=[3], rows=rows) for rows in (6000, 1000))
+    whole, part = (shap_importance(Trees('lightgbm', booster.model_to_string()), matrix, NAMES, categorical=[3], rows=rows) for rows in (6000, 1000))
     assert whole['feature'].tolist()[:3] == part['feature'].tolist()[:3] == ['strong', 'code', 'weak']
     np.testing.assert_allclose(part['importance'], whole['importance'], rtol=0.12, atol=0.01)
     at = {name: i for i, name in enumerate(part['feature'])}

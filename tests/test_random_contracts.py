@@ -21,6 +21,7 @@ from riskscore.datasets import read_table
 from riskscore.features import fit_plan
 from riskscore.ingest import ingest
 from riskscore.policy import fit_policy
+from riskscore.trees import Trees
 
 ROWS = 1_200
 
@@ -55,7 +56,7 @@ def train(folder: Path, contract, frame, seed: int) -> Path:
     calibration = fit_calibration(margin, bad[~half])
     amount = frame[contract.amount][~half] if contract.amount else np.ones(len(margin))
     policy = fit_policy(contract, calibration.pd(margin), amount)
-    return write_bundle(folder, booster.model_to_string(), plan, calibration, policy, contract, {'rows': len(bad)}, {'seconds': 1.0})
+    return write_bundle(folder, Trees('lightgbm', booster.model_to_string()), plan, calibration, policy, contract, {'rows': len(bad)}, {'seconds': 1.0})
 
 
 @pytest.mark.parametrize('seed', range(12))

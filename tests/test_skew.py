@@ -28,6 +28,7 @@ from riskscore.feature_sets import feature  # noqa: F401  # declares the feature
 from riskscore.features import FeaturePlan, fit_plan, plan_from_json, plan_to_json
 from riskscore.policy import Policy
 from riskscore.synthetic import write_home_credit
+from riskscore.trees import Trees
 
 TABLE_RULES = {'unknown', 'missing'}
 
@@ -82,9 +83,9 @@ def tiny_scorer(contract: Contract, plan: FeaturePlan, matrix: np.ndarray, seed:
     outcome = (rng.random(len(rows)) < 0.5).astype(float)
     data = lgb.Dataset(rows, outcome, categorical_feature=plan.categorical, params={'verbosity': -1, 'min_data_in_bin': 1})
     settings_ = {'objective': 'binary', 'num_leaves': 4, 'min_data_in_leaf': 2, 'verbosity': -1, 'num_threads': 1, 'seed': seed}
-    booster = lgb.train(settings_, data, 5)
+    trees = Trees('lightgbm', lgb.train(settings_, data, 5).model_to_string())
     policy = Policy(0.4, 0.6, contract.value, contract.currency, contract.amount)
-    return Scorer('test', contract, plan, booster, Calibration(0.1, 1.3), policy, {})
+    return Scorer('test', contract, plan, trees, Calibration(0.1, 1.3), policy, {})
 
 
 def assert_same_scores(scorer: Scorer, checked, records: list[dict]):

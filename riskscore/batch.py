@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'newest_file', 'rejected_path', 'BatchRun', 'append_log', 'score_batch']
 
-# %% ../nbs/30_batch.ipynb #aa239726
+# %% ../nbs/30_batch.ipynb #c72c202a
 import csv
 import fcntl
 import io
@@ -31,7 +31,7 @@ from .contract import Contract, _limit_masks
 from .core import Frame, RiskError, atomic_path, digest_file, listing, suggest
 from .datasets import Batch, Join, read_frames, read_ids
 from .ingest import with_related
-from .policy import score_points
+from .policy import judge, score_points
 from .results import frame_batch, neutral, open_result, result_format
 from .sources import column_from_numpy, source_files
 
@@ -116,7 +116,7 @@ def _id_column(
         return column.name, column_from_numpy(ids[keep], ~known[keep], pa.int64())
     return column.name, frame_batch({column.name: batch.frame[column.name][keep]}).column(0)
 
-# %% ../nbs/30_batch.ipynb #f6c4fce2
+# %% ../nbs/30_batch.ipynb #02ed87c2
 def _answers(
     batch:Batch, # typed rows
     keep:npt.NDArray[np.intp], # positions of the rows that are scored
@@ -128,8 +128,8 @@ def _answers(
     policy, target = scorer.policy, scorer.contract.target
     pd = scorer.pd(features if len(keep) == len(features) else features[keep], threads)
     amount = batch.frame[policy.amount][keep] if policy.amount else np.ones(len(keep))
-    decision = policy.decide(pd)
-    answers = {'pd': pd, 'score': score_points(pd).astype(np.int64), 'decision': decision,
+    decision, knockout = judge(policy, pd, {name: batch.frame[name][keep] for name in policy.rules.columns})
+    answers = {'pd': pd, 'score': score_points(pd).astype(np.int64), 'decision': decision, 'knockout': knockout,
                'value': policy.expected(pd, amount, decision), 'amount': amount}
     if target and target.name in batch.raw.schema.names:
         answers['outcome'] = batch.frame[target.name][keep]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['BUNDLE_FORMAT', 'write_bundle', 'Scorer', 'load_bundle', 'add_documents', 'read_document', 'write_pointer']
 
-# %% ../nbs/09_bundle.ipynb #4a4dff89
+# %% ../nbs/09_bundle.ipynb #dc23c85b
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -20,7 +20,7 @@ from .calibration import Calibration
 from .contract import Contract, check_record, parse_contract
 from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, frame_rows, listing, write_text
 from .features import FeaturePlan, plan_from_json, plan_to_json
-from .policy import Policy, score_points
+from .policy import Policy, judge, policy_from_dict, score_points
 from .predictors import FORMATS, Predictor, load_predictor
 
 # %% ../nbs/09_bundle.ipynb #a44eb34a
@@ -64,7 +64,7 @@ def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
 
-# %% ../nbs/09_bundle.ipynb #6882b6f3
+# %% ../nbs/09_bundle.ipynb #a49c897e
 @dataclass(frozen=True)
 class Scorer:
     "A loaded bundle."
@@ -81,12 +81,12 @@ class Scorer:
         self,
         typed: Frame,  # typed columns, as check_frame gives them
         threads: int = 1,  # threads of the model's library
-    ) -> dict[str, npt.NDArray[Any]]:  # pd, score, decision and value, (rows,) each
+    ) -> dict[str, npt.NDArray[Any]]:  # pd, score, decision, knockout (rule or None) and value, (rows,) each
         "Scores a table."
         pd = self.pd(self.plan.frame(typed), threads)
         amount = typed[self.policy.amount] if self.policy.amount else np.ones(frame_rows(typed))
-        decision = self.policy.decide(pd)
-        return {'pd': pd, 'score': score_points(pd), 'decision': decision, 'value': self.policy.expected(pd, amount, decision)}
+        decision, knockout = judge(self.policy, pd, typed)
+        return {'pd': pd, 'score': score_points(pd), 'decision': decision, 'knockout': knockout, 'value': self.policy.expected(pd, amount, decision)}
 
     def pd(
         self,
@@ -99,7 +99,7 @@ class Scorer:
     def record(
         self,
         application: Mapping[str, Any],  # field name to raw value
-    ) -> dict[str, Any]:  # pd, score, decision, value, and flags: soft violations
+    ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, and flags: soft violations
         "Scores one application; RiskError lists every field that is refused."
         typed, violations = check_record(self.contract, application)
         refused = [v.message for v in violations if v.severity == 'hard']
@@ -107,12 +107,12 @@ class Scorer:
             raise RiskError('The application does not fit the contract:', refused)
         pd = self.pd(self.plan.record(typed)[None, :])
         amount = np.array([typed[self.policy.amount] if self.policy.amount else 1.0])
-        decision = self.policy.decide(pd)
+        decision, knockout = judge(self.policy, pd, typed)
         value = float(self.policy.expected(pd, amount, decision)[0])
-        return {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]),
+        return {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]), 'knockout': knockout[0],
                 'value': value if value == value else None, 'flags': [v.message for v in violations]}
 
-# %% ../nbs/09_bundle.ipynb #0199542a
+# %% ../nbs/09_bundle.ipynb #aa062641
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
 )->Scorer: # ready to score
@@ -129,7 +129,7 @@ def load_bundle(
     if unknown:
         raise RiskError(f'Bundle {directory}: the plan reads columns that the contract lacks: {listing(unknown)}. Train again.')
     return Scorer(_version(files['manifest.json']), contract, plan, predictor,
-                  Calibration(**content['calibration']), Policy(**content['policy']), content['metadata'])
+                  Calibration(**content['calibration']), policy_from_dict(content['policy'], f'{directory}/policy.json'), content['metadata'])
 
 # %% ../nbs/09_bundle.ipynb #ee15d247
 def _verified(directory:Path, expected:str|None)->dict[str, bytes]:

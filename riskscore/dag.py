@@ -337,12 +337,14 @@ def _run_task(task:Any, label:str, reports:list[Any], failures:BuildExceptionsCo
     for message in dict.fromkeys(str(w.message).strip() for w in caught):
         _say(f'{label} warning: {message}')
 
-# %% ../nbs/50_dag.ipynb #682aa00b
+# %% ../nbs/50_dag.ipynb #0a0bc0d5
 def _explanation(error:BaseException)->str:
     "What to tell of a failed task: the message of a user's mistake, otherwise the traceback of the notebook."
     cause: BaseException | None = error
     while cause is not None:
-        if getattr(cause, 'ename', '') == RiskError.__name__:
+        if isinstance(cause, RiskError): # of what looks at the products
+            return str(cause)
+        if getattr(cause, 'ename', '') == RiskError.__name__: # of the notebook
             return str(cause.evalue) # type: ignore[attr-defined]
         cause = cause.__cause__ or cause.__context__
     return str(_format.exception(error))

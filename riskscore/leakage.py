@@ -52,8 +52,12 @@ class Part(NamedTuple):
     low:float # lower end of the interval of their bad rate
     high:float # upper end
 
-# %% ../nbs/26_leakage.ipynb #11eb8578
-def _candidates(values:npt.NDArray[np.float64], bad:npt.NDArray[np.bool_], categorical:bool)->Iterator[tuple[str, npt.NDArray, npt.NDArray, npt.NDArray, npt.NDArray]]:
+# %% ../nbs/26_leakage.ipynb #718d47e0
+_Family = tuple[str, npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any], npt.NDArray[Any]]
+_BANDS = 64  # of about as many rows each
+
+
+def _candidates(values:npt.NDArray[np.float64], bad:npt.NDArray[np.bool_], categorical:bool)->Iterator[_Family]:
     "Families of parts: how they are written, first and last value, rows, bads."
     null = np.isnan(values)
     if null.any():
@@ -72,9 +76,6 @@ def _candidates(values:npt.NDArray[np.float64], bad:npt.NDArray[np.bool_], categ
         cuts = np.unique(np.searchsorted(rows, np.linspace(0, rows[-1], _BANDS + 1)[1:]))
         first = np.r_[0, cuts[:-1] + 1]
         yield 'from {0:.6g} to {1:.6g}', at[first], at[cuts], np.diff(rows[cuts], prepend=0), np.diff(bads[cuts], prepend=0)
-
-
-_BANDS = 64  # of about as many rows each
 
 # %% ../nbs/26_leakage.ipynb #f24e1189
 def extreme_parts(
@@ -192,18 +193,17 @@ def _auc_rules(strength:Strength)->list[tuple[str, str, str]]:
             found.append((rule, 'look', f"{said}; few honest features are above {LIMITS['look']:.2f}. Was it known on the day of the decision?"))
     return found
 
-# %% ../nbs/26_leakage.ipynb #f0776d7f
+# %% ../nbs/26_leakage.ipynb #a9d3ea36
 def _part_rules(strength:Strength, bad_rate:float, rows:int)->list[tuple[str, str, str]]:
     "Rule, severity and text for parts that are too pure."
-    found, odds = [], bad_rate / (1 - bad_rate)
+    pure, odds = [], bad_rate / (1 - bad_rate)
     risky, safe = strength.risky, strength.safe
     if risky.low >= LIMITS['pure'] and risky.low >= LIMITS['odds'] * odds * (1 - risky.low):
-        found.append(('part', 'refuse', f'{risky.where} in {risky.rows:,} rows, and {risky.bads:,} of these are bad ({risky.bads / risky.rows:.1%}; {bad_rate:.1%} of all '
-                                        f'are): a part this pure is made from the outcome. {_AFTER}'))
+        pure.append(risky)
     if safe.rows >= LIMITS['safe_rows'] * rows and LIMITS['odds'] * safe.high < odds * (1 - safe.high):
-        found.append(('part', 'refuse', f'{safe.where} in {safe.rows:,} rows, and only {safe.bads:,} of these are bad ({safe.bads / safe.rows:.2%}; {bad_rate:.1%} of all '
-                                        f'are): a part this pure is made from the outcome. {_AFTER}'))
-    return found
+        pure.append(safe)
+    return [('part', 'refuse', f'{p.where} in {p.rows:,} rows, of which {p.bads:,} are bad ({p.bads / p.rows:.1%}, against {bad_rate:.1%} of all): '
+                               f'a part this pure is made from the outcome. {_AFTER}') for p in pure]
 
 # %% ../nbs/26_leakage.ipynb #9006b3e8
 def _name_rules(strength:Strength)->list[tuple[str, str, str]]:
@@ -217,7 +217,7 @@ def _name_rules(strength:Strength)->list[tuple[str, str, str]]:
         return [('name', 'refuse', f"{said}, surely above {LIMITS['named']:.2f}: name and values agree. {_AFTER}")]
     return [('name', 'look', f'{said}, which does not confirm it. Make sure that it is known on the day of the decision.')]
 
-# %% ../nbs/26_leakage.ipynb #2e55428d
+# %% ../nbs/26_leakage.ipynb #2f0dcd4d
 def sample_rows(
     blocks:Iterable[Any], # frames, or matrices of (rows, features), one after the other
     rows:int, # in all blocks
@@ -226,7 +226,7 @@ def sample_rows(
 )->Any: # a frame or a matrix, in the order of the rows
     "A sample of the rows of a stream."
     wanted = np.sort(np.random.default_rng(seed).choice(rows, min(size, rows), replace=False))
-    start, parts = 0, []
+    start, parts = 0, list[Any]()
     for block in blocks:
         count = frame_rows(block) if isinstance(block, dict) else len(block)
         here = wanted[(wanted >= start) & (wanted < start + count)] - start
@@ -280,7 +280,7 @@ def _rank_correlation(a:npt.NDArray[np.float64], b:npt.NDArray[np.float64])->flo
         return 0.0
     return float(np.corrcoef(np.argsort(np.argsort(a, kind='stable')), np.argsort(np.argsort(b, kind='stable')))[0, 1])
 
-# %% ../nbs/26_leakage.ipynb #64b14725
+# %% ../nbs/26_leakage.ipynb #524a29a4
 _LATER = 0.01
 
 
@@ -298,12 +298,14 @@ def time_findings(
     found = []
     if contract.split.get('by') == 'time' and len(past) and len(ahead) and np.nanmax(past) > np.nanmin(ahead):
         first = np.nanmin(ahead)
-        found.append(Finding(time.name, 'time', 'refuse', f'column {time.name}: {int((past > first).sum()):,} applications of history are later than {_day(first)}, the first day of '
-                             f'the future (the latest by {np.nanmax(past) - first:,.0f} days); expected history to end before the future begins. Run the split again.'))
+        said = (f'{int((past > first).sum()):,} applications of history are later than {_day(first)}, the first day of the future '
+                f'(the latest by {np.nanmax(past) - first:,.0f} days); expected history to end before the future begins. Run the split again.')
+        found.append(Finding(time.name, 'time', 'refuse', f'column {time.name}: {said}'))
     for name, after, given in zip(dates, later + more, dated + also, strict=True):
         if after > _LATER * given:
-            found.append(Finding(name, 'time', 'refuse', f'column {name}: {after:,} of {given:,} dates are later than the date of their application ({time.name}); expected dates that are known on that day. '
-                                 'Give it the role leak; a date that is agreed in advance, such as the last instalment, becomes a number of days and the column gets the role excluded.'))
+            said = (f'{after:,} of {given:,} dates are later than the date of their application ({time.name}); expected dates that are known on that '
+                    'day. Give it the role leak; of a date that is agreed in advance, such as the last instalment, make a number of days.')
+            found.append(Finding(name, 'time', 'refuse', f'column {name}: {said}'))
     return found
 
 # %% ../nbs/26_leakage.ipynb #16a8c07b
@@ -321,7 +323,7 @@ def _day(days:float)->str:
     "Days since 1970 as a date."
     return str(np.datetime64(int(np.floor(days)), 'D'))
 
-# %% ../nbs/26_leakage.ipynb #302d867c
+# %% ../nbs/26_leakage.ipynb #b8b90bc7
 _TWINS = 0.01
 
 
@@ -336,12 +338,14 @@ def duplicate_findings(
     found, key = [], contract.id
     again = np.isin(keys, ids)
     if key and again.any():
-        found.append(Finding(key.name, 'duplicate', 'refuse', f'column {key.name}: {int(again.sum()):,} applications of the future have an id that stands in history; expected each application '
-                             'on one side only. Remove the repeats from the table and split again.'))
+        said = (f'{int(again.sum()):,} applications of the future have an id that stands in history; expected each application on one side only. '
+                'Remove the repeats from the table and split again.')
+        found.append(Finding(key.name, 'duplicate', 'refuse', f'column {key.name}: {said}'))
     twins = int(np.isin(seen, rows).sum())
     if twins > _TWINS * len(seen):
-        found.append(Finding('(rows)', 'duplicate', 'refuse', f'{twins:,} of {len(seen):,} applications of the future ({twins / len(seen):.1%}) have a twin in history, equal in all '
-                             f'{len(names)} feature columns; expected at most {_TWINS:.0%}. Remove the repeats from the table, or split by customer.'))
+        said = (f'{twins:,} of {len(seen):,} applications of the future ({twins / len(seen):.1%}) have a twin in history, equal in all {len(names)} '
+                f'feature columns; expected at most {_TWINS:.0%}. Remove the repeats from the table, or split by customer.')
+        found.append(Finding('(rows)', 'duplicate', 'refuse', said))
     return found, twins
 
 # %% ../nbs/26_leakage.ipynb #8abd2352
@@ -378,7 +382,7 @@ def _digests(frames:Iterable[Frame], names:Sequence[str], key:str)->tuple[npt.ND
             ids.append(_bits(frame[key][known], {}))
     return np.concatenate(rows), np.concatenate(ids)
 
-# %% ../nbs/26_leakage.ipynb #dce32ca7
+# %% ../nbs/26_leakage.ipynb #538230eb
 def skew_findings(
     plan:FeaturePlan, # what the service runs
     sample:Frame, # typed rows of history
@@ -387,17 +391,19 @@ def skew_findings(
     "Features that training sees otherwise than the service."
     rows = frame_rows(sample)
     if len(stored) != rows:
-        return [Finding('(rows)', 'skew', 'refuse', f'the stored matrix has {len(stored):,} of the {rows:,} rows drawn from history; expected one row for each. Run the features again.')]
+        said = f'the stored matrix has {len(stored):,} of the {rows:,} rows drawn from history; expected each. Run the features again.'
+        return [Finding('(rows)', 'skew', 'refuse', said)]
     served = np.array([plan.record({c: v[i] for c, v in sample.items()}) for i in range(rows)], dtype=np.float32).reshape(stored.shape)
     differ = (served.view(np.uint32) != np.ascontiguousarray(stored).view(np.uint32)) & ~(np.isnan(served) & np.isnan(stored))
     wrong = np.flatnonzero(differ.any(axis=0))
     if len(wrong) > max(1, len(plan.names) // 2):
         some = listing([plan.names[i] for i in wrong], show=5)
-        return [Finding('(rows)', 'skew', 'refuse', f'{len(wrong)} of {len(plan.names)} features in the stored matrix differ from what the service computes ({some}): its rows are not those of '
-                        'history, or are in another order. Run the features again.')]
-    return [Finding(plan.names[i], 'skew', 'refuse', _skew_text(plan, i, served[:, i], stored[:, i], differ[:, i])) for i in wrong]
+        said = (f'{len(wrong)} of {len(plan.names)} features in the stored matrix differ from what the service computes ({some}): its rows are not those '
+                'of history, or are in another order. Run the features again.')
+        return [Finding('(rows)', 'skew', 'refuse', said)]
+    return [Finding(plan.names[i], 'skew', 'refuse', _skew_text(plan, i, served[:, i], stored[:, i], differ[:, i])) for i in wrong.tolist()]
 
-# %% ../nbs/26_leakage.ipynb #dde43319
+# %% ../nbs/26_leakage.ipynb #5e415c6e
 def _skew_text(plan:FeaturePlan, i:int, served:npt.NDArray[np.float32], stored:npt.NDArray[np.float32], differ:npt.NDArray[np.bool_])->str:
     "Where training and service differ, and by what factor if there is one."
     name, at = plan.names[i], int(np.argmax(differ))
@@ -406,5 +412,8 @@ def _skew_text(plan:FeaturePlan, i:int, served:npt.NDArray[np.float32], stored:n
     factor = float(np.median(ratios)) if np.isfinite(ratios).all() else 0.0
     same = factor and (np.abs(ratios / factor - 1) < 1e-5).all()
     how = f' (always {factor:.6g} times: a change of unit?)' if same else ''
-    return (f'feature {name}, which reads {listing(sorted(plan.outputs[name].columns))}: {int(differ.sum()):,} of {len(differ):,} rows of the stored matrix differ from what the service '
-            f'computes, for example {stored[at]:.6g} against {served[at]:.6g}{how}; expected the same bits. Something other than the plan wrote this feature: remove that step and run the features again.')
+    columns = sorted(plan.outputs[name].columns)
+    made = '' if columns == [name] else f', which reads {listing(columns)}'
+    return (f'feature {name}{made}: {int(differ.sum()):,} of {len(differ):,} rows of the stored matrix differ from what the service computes, for example '
+            f'{stored[at]:.6g} against {served[at]:.6g}{how}; expected the same bits. Something other than the plan wrote this feature: remove that '
+            'step and run the features again.')

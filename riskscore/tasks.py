@@ -63,7 +63,7 @@ def _above(task:Any)->list[str]:
     direct = list(task.upstream.values())
     return list(dict.fromkeys(name for t in direct for name in (*_above(t), t.name)))
 
-# %% ../nbs/52_tasks.ipynb #31afd6e1
+# %% ../nbs/52_tasks.ipynb #d6c44715
 def close_gate(
     task:Any, # the Ploomber task with a product `findings`; Ploomber passes it by name
 )->None:
@@ -73,5 +73,5 @@ def close_gate(
     found = json.loads(products['findings'].read_text(encoding='utf-8'))['findings']
     refused = [f"{f['message']} (rule {f['rule']})" for f in found if f['severity'] == 'refuse']
     if refused:
-        count = f'{len(refused)} finding{"s" if len(refused) > 1 else ""}'
-        raise RiskError(f"The leakage gate is closed: {count}. Nothing is trained on this table until each is settled; {products['nb']} shows the evidence.", refused)
+        count, report = f'{len(refused)} finding{"s" if len(refused) > 1 else ""}', products['nb']
+        raise RiskError(f'The leakage gate is closed: {count}. Nothing is trained until each is settled; {report} shows the evidence.', refused)

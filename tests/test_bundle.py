@@ -159,7 +159,7 @@ def test_threads_and_the_size_of_a_block_change_no_bit(scorer):
 
 def test_an_empty_table_scores_to_an_empty_answer(scorer):
     assert {n: len(v) for n, v in scorer.frame(check_frame(scorer.contract, applications(0)).frame).items()} == {
-        'pd': 0, 'score': 0, 'decision': 0, 'value': 0}
+        'pd': 0, 'score': 0, 'decision': 0, 'knockout': 0, 'value': 0}
 
 
 def test_bundles_of_two_processes_do_not_disturb_each_other(tmp_path):

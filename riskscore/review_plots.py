@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from .core import Frame, RiskError
 from .plots import COLOURS, add_legend, new_axes, percent
 
-# %% ../nbs/43_review_plots.ipynb #c27afff5
+# %% ../nbs/43_review_plots.ipynb #b5ebb1fa
 def forest_figure(
     table:Frame, # one row a group; columns `figure`, `figure`_low and `figure`_high
     figure:str, # the column to draw
@@ -32,9 +32,9 @@ def forest_figure(
     axes.hlines(rows, table[f'{figure}_low'], table[f'{figure}_high'], color=COLOURS['first'], linewidth=1.8)
     axes.plot(values, rows, 'o', color=COLOURS['first'], markersize=6)
     for row, value, end in zip(rows, values, np.fmax(values, table[f'{figure}_high']), strict=True):
-        if np.isfinite(value):
-            text = f'{value:.1%}' if share else f'{value:.3f}'
-            axes.annotate(text.replace('-', '−'), (end, row), (5, 0), textcoords='offset points', va='center', fontsize=8, color=COLOURS['ink'])
+        text = '– too few' if not np.isfinite(value) else f'{value:.1%}' if share else f'{value:.3f}'
+        at = {'xy': (end, row), 'xytext': (5, 0)} if np.isfinite(value) else {'xy': (0, row), 'xytext': (3, 0), 'xycoords': ('axes fraction', 'data')}
+        axes.annotate(text.replace('-', '−'), **at, textcoords='offset points', va='center', fontsize=8, color=COLOURS['ink'])
     axes.set_yticks(rows, [str(name)[:34] for name in table[names]], color=COLOURS['ink'])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(visible=False, axis='y')
@@ -43,12 +43,12 @@ def forest_figure(
         percent(axes, 'x')
     return drawn
 
-# %% ../nbs/43_review_plots.ipynb #83029236
+# %% ../nbs/43_review_plots.ipynb #d8effe62
 _LIGHTS = {'green': ('o', 'good', 'pd inside what chance explains'), 'amber': ('s', 'refer', 'outside 95% (amber)'), 'red': ('X', 'bad', 'outside 99% (red)')}
 
 
 def grade_figure(
-    table:Frame, # a `segment_table` of grades: segment, pd, bad_rate, low, high and light
+    table:Frame, # a `segment_table` of grades: segment, pd, bad_rate with its interval, and light
 )->Figure:
     "Stated pd and bad rate of each grade."
     figure, axes = new_axes('Grade', 'Share that goes bad (%)', (5.6, 3.2))
@@ -57,7 +57,7 @@ def grade_figure(
     for light, (marker, colour, label) in _LIGHTS.items():
         rows = table['light'] == light
         if rows.any():
-            axes.vlines(at[rows], table['low'][rows], table['high'][rows], color=COLOURS[colour], linewidth=1.8)
+            axes.vlines(at[rows], table['bad_rate_low'][rows], table['bad_rate_high'][rows], color=COLOURS[colour], linewidth=1.8)
             axes.plot(at[rows], table['bad_rate'][rows], marker, color=COLOURS[colour], markersize=7, label=label)
     axes.set_xticks(at, [str(name) for name in table['segment']])
     axes.grid(visible=False, axis='x')
@@ -66,15 +66,15 @@ def grade_figure(
     add_legend(axes, loc='upper left')
     return figure
 
-# %% ../nbs/43_review_plots.ipynb #204c2387
+# %% ../nbs/43_review_plots.ipynb #2b12eaef
 def vintage_figure(
-    table:Frame, # a `vintage_table`: segment, pd, bad_rate, low and high
+    table:Frame, # a `vintage_table`: segment, pd and bad_rate with its interval
     since:str='', # the first period of the future; empty draws no border
 )->Figure:
     "Stated and happened, period by period."
     figure, axes = new_axes('Period of application', 'Share that goes bad (%)', (5.6, 3.2))
     at, names = np.arange(len(table['segment'])), [str(name) for name in table['segment']]
-    axes.vlines(at, table['low'], table['high'], color=COLOURS['bad'], linewidth=1.8, alpha=0.8)
+    axes.vlines(at, table['bad_rate_low'], table['bad_rate_high'], color=COLOURS['bad'], linewidth=1.8, alpha=0.8)
     axes.plot(at, table['bad_rate'], 'o', color=COLOURS['bad'], markersize=6, label='happened, with its 95% interval')
     axes.plot(at, table['pd'], '--', color=COLOURS['good'], linewidth=1.8, label='stated (mean pd)')
     if since in names:
@@ -82,7 +82,7 @@ def vintage_figure(
         axes.annotate('future', (names.index(since) - 0.4, 0.02), xycoords=('data', 'axes fraction'), fontsize=9, color=COLOURS['muted'])
     every = -(-len(at) // 8)
     axes.set_xticks(at[::every], names[::every])
-    axes.set_ylim(0, 1.25 * float(np.nanmax(np.minimum(table['high'], 3 * np.nanmedian(table['high'])))))
+    axes.set_ylim(0, 1.25 * float(np.nanmax(np.minimum(table['bad_rate_high'], 3 * np.nanmedian(table['bad_rate_high'])))))
     percent(axes, 'y')
     add_legend(axes, loc='upper left')
     return figure

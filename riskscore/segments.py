@@ -27,29 +27,32 @@ class Segments(NamedTuple):
     names:tuple[str, ...] # as a reader wants to see them, in the order to show
     place:npt.NDArray[np.intp] # (rows,) position in `names`
 
-# %% ../nbs/36_segments.ipynb #f0b7db83
+# %% ../nbs/36_segments.ipynb #514f67f1
 _DAYS_OF_YEARS = 730
 
 
-def _edge(column:Column, value:float)->str:
-    "An end of a band, in words."
+def _band(column:Column, low:float, high:float)->str:
+    "A band in words; many days are years, and before 0 they are years ago."
+    unit, ends = '', [low, high]
     if column.kind == 'date':
-        return str(np.datetime64(0, 'D') + int(value))
-    if column.unit == 'days' and abs(value) >= _DAYS_OF_YEARS:
-        value, text = value / 365.25, f'{value / 365.25:.1f} years'
+        words = [str(np.datetime64(0, 'D') + int(end)) for end in ends]
     else:
-        text = f'{value:,.0f}' if column.kind == 'integer' or abs(value) >= 1000 else f'{value:.3g}'
-    return text.replace('-', '−') if value < 0 else text
+        if column.unit == 'days' and max(abs(low), abs(high)) >= _DAYS_OF_YEARS:
+            unit, ends = ' years', [end / 365.25 for end in ends]
+            if high <= 0:
+                unit, ends = ' years ago', [-high / 365.25, -low / 365.25]
+        form = '.1f' if unit else ',.0f' if column.kind == 'integer' or max(abs(low), abs(high)) >= 1000 else '.3g'
+        words = [format(end, form).replace('-', '−') for end in ends]
+    return (words[0] if words[0] == words[1] else f'{words[0]} to {words[1]}') + unit
 
-# %% ../nbs/36_segments.ipynb #849fe220
+# %% ../nbs/36_segments.ipynb #447b2e5a
 def _bands(column:Column, values:npt.NDArray[np.float64], bands:int)->Segments:
     "Bands of a number, each named by its lowest and highest value; NaN gives no band and index −1."
     known = np.isfinite(values)
     index = np.full(len(values), -1)
     index[known] = equal_mass(values[known], bands) if known.any() else 0
     ends = [(values[index == i].min(), values[index == i].max()) for i in range(index.max(initial=-1) + 1)]
-    words = [[_edge(column, end) for end in pair] for pair in ends]
-    return Segments(tuple(low if low == high else f'{low} to {high}' for low, high in words), index)
+    return Segments(tuple(_band(column, float(low), float(high)) for low, high in ends), index)
 
 # %% ../nbs/36_segments.ipynb #07377021
 def _levels(values:npt.NDArray[Any])->Segments:
@@ -88,12 +91,12 @@ def grade_of(
     "Grades of score points."
     return Segments(_GRADES, (score_points(pd)[:, None] < _GRADE_FLOORS).sum(axis=1))
 
-# %% ../nbs/36_segments.ipynb #d92025d3
+# %% ../nbs/36_segments.ipynb #c2b23cec
 def calibration_light(
     bad:npt.ArrayLike, # (k,) bads of each group
     count:npt.ArrayLike, # (k,) applications of each group; none gives no light
     pd:npt.ArrayLike, # (k,) stated mean pd of each group
-)->Frame: # columns low and high (95% interval of the bad rate), p_value, light, and finding: '', 'pd too low' or 'pd too high'
+)->Frame: # columns bad_rate_low and bad_rate_high (95% interval), p_value, light, and finding: '', 'pd too low' or 'pd too high'
     "Jeffreys' test of a stated pd."
     k, n, p = (np.asarray(v, dtype=np.float64) for v in (bad, count, pd))
     low, high = jeffreys_interval(k, n)
@@ -102,7 +105,7 @@ def calibration_light(
     p_value = np.where(n > 0, np.minimum(1, 2 * np.minimum(*tails)), np.nan)
     light = np.array(['green', 'amber', 'red', '–'], dtype=object)[np.where(n > 0, (p_value < 0.05).astype(int) + (p_value < 0.01), 3)]
     side = np.where(tails[0] < tails[1], 'pd too low', 'pd too high').astype(object)
-    return {'low': np.where(n > 0, low, np.nan), 'high': np.where(n > 0, high, np.nan), 'p_value': p_value, 'light': light,
+    return {'bad_rate_low': np.where(n > 0, low, np.nan), 'bad_rate_high': np.where(n > 0, high, np.nan), 'p_value': p_value, 'light': light,
             'finding': np.where(np.isin(light, ['amber', 'red']), side, '').astype(object)}
 
 # %% ../nbs/36_segments.ipynb #ee975884
@@ -129,13 +132,13 @@ def _of_both_classes(bad:npt.NDArray[np.bool_], pd:npt.NDArray[np.float64])->lis
     found = metric_set(bad, pd)
     return [np.nan if (value := found[name]) is None else value for name in _OF_BOTH]
 
-# %% ../nbs/36_segments.ipynb #f6a6ac62
+# %% ../nbs/36_segments.ipynb #b1a0cabd
 def segment_table(
     bad:npt.ArrayLike, # (rows,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (rows,) probabilities of default
     segments:Segments, # of the same applications
     least:int=100, # applications; two or more smaller segments become one
-)->Frame: # one row a segment: segment, count, bad, bad_rate, low, high, pd, p_value, light, finding, auc, auc_low, auc_high, ks, ece, ece_noise
+)->Frame: # one row a segment: segment, count, bad, bad_rate with _low and _high, pd, p_value, light, finding, auc, auc_low, auc_high, ks, ece, ece_noise
     "Size, calibration and order, segment by segment."
     y, p = checked(bad, pd, probability=True)
     if len(segments.place) != len(y):
@@ -148,14 +151,15 @@ def segment_table(
     figures = np.array([_of_both_classes(y[index == i], p[index == i]) for i in range(len(names))])
     return table | {name: figures[:, i] for i, name in enumerate(_OF_BOTH)}
 
-# %% ../nbs/36_segments.ipynb #4250e39b
+# %% ../nbs/36_segments.ipynb #147c10bb
 def suspicious(
     tables:Mapping[str, Frame], # column -> its `segment_table`
     level:float=0.05, # chance of naming any segment, were all pds right
+    least:int=100, # applications of a segment that is looked at
 )->Frame: # columns column, segment, count, bad_rate, pd, finding and p_value (times the number of segments); worst first
     "Segments whose bad rate contradicts their pd beyond chance."
-    looks = sum(frame_rows(table) for table in tables.values())
-    found = [(min(1.0, float(t['p_value'][i]) * looks), column, t, i) for column, t in tables.items() for i in range(frame_rows(t))]
+    looked = [(column, t, i) for column, t in tables.items() for i in np.flatnonzero(t['count'] >= least)]
+    found = [(min(1.0, float(t['p_value'][i]) * len(looked)), column, t, i) for column, t, i in looked]
     found = sorted((row for row in found if row[0] < level), key=lambda row: (row[0], row[1], row[3]))
     picked: dict[str, list[Any]] = {'column': [column for _, column, _, _ in found]}
     picked |= {name: [t[name][i] for _, _, t, i in found] for name in ('segment', 'count', 'bad_rate', 'pd', 'finding')}
@@ -214,13 +218,13 @@ def worded(
         found[heading] = [_worded(*row, form) for row in zip(table[name].tolist(), low.tolist(), high.tolist(), strict=True)]
     return found
 
-# %% ../nbs/36_segments.ipynb #ad73c5a1
+# %% ../nbs/36_segments.ipynb #dda4d02c
 def _worded(value:Any, low:float, high:float, form:str)->str:
     "One cell."
     if not form or value != value:
         return str(value) if value == value else '–'
-    text = f'{value:{form}}' + (f' ({low:{form}} to {high:{form}})' if low == low and high == high else '')
-    return text.replace('-', '−')
+    ends = f' ({low:{form}}\xa0to\xa0{high:{form}})'.replace('%', '') if low == low and high == high else ''
+    return (f'{value:{form}}' + ends).replace('-', '−')
 
 # %% ../nbs/36_segments.ipynb #068ba7d4
 def records(

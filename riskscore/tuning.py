@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['check_space', 'fold_scores', 'merit', 'beats', 'Trial', 'Search', 'search']
 
-# %% ../nbs/28_tuning.ipynb #ecb6e07a
+# %% ../nbs/28_tuning.ipynb #45f8399e
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,11 +17,11 @@ import numpy as np
 import numpy.typing as npt
 import optuna
 
-from .calibration import fit_calibration
+from .calibration import fit_calibration, sigmoid
 from .core import RiskError, canonical_json, digest_bytes, digest_file, suggest
 from .matrix import Prepared
 from .metrics import METRICS, metric
-from .models import CrossValidation, Family, cross_validate
+from .models import EVERY, CrossValidation, Family, cross_validate
 from .split import Folds
 
 # %% ../nbs/28_tuning.ipynb #aee4a133
@@ -48,7 +48,7 @@ def _domain_problem(domain:Any)->str:
         return f'low and high must be numbers, low not above high; got {low!r} and {high!r}.'
     return 'a range that counts in factors (log) must begin above 0.' if domain.get('log') and low <= 0 else ''
 
-# %% ../nbs/28_tuning.ipynb #65b7e25f
+# %% ../nbs/28_tuning.ipynb #fadc5c47
 def fold_scores(
     by:str, # a name in riskscore.metrics.METRICS
     target:npt.NDArray[np.float64], # (rows,) 1 for bad, 0 for good
@@ -60,10 +60,20 @@ def fold_scores(
     if by not in METRICS:
         raise RiskError(f"There is no metric '{by}'; choose one of {', '.join(METRICS)}.{suggest(by, METRICS)}")
     known = np.isfinite(margins)
-    ranks = by in ('auc', 'gini', 'ks', 'pr_auc')
-    pd = 1 / (1 + np.exp(-margins)) if ranks else fit_calibration(margins[known], target[known]).pd(margins)
+    pd = sigmoid(margins) if by in _RANKS else _calibrated(margins, target, known)
     limit = float(target[known].mean()) if cut is None else cut
     return [METRICS[by].better * metric(by, target[check], pd[check], limit) for _, check in folds]
+
+# %% ../nbs/28_tuning.ipynb #dce5b646
+_RANKS = ('auc', 'gini', 'ks', 'pr_auc')
+
+
+def _calibrated(margins:npt.NDArray[np.float64], target:npt.NDArray[np.float64], known:npt.NDArray[np.bool_])->npt.NDArray[np.float64]:
+    "Probabilities of margins; of margins that rank nobody, the share of bads for everyone."
+    try:
+        return fit_calibration(margins[known], target[known]).pd(margins)
+    except RiskError:
+        return np.full(len(margins), target[known].mean())
 
 # %% ../nbs/28_tuning.ipynb #c4176eb8
 def merit(
@@ -102,7 +112,7 @@ class Search:
     chosen: int # number of the trial that was kept
     scores: list[float] # of the chosen trial, the metric of each fold, more is better
 
-# %% ../nbs/28_tuning.ipynb #a7229d53
+# %% ../nbs/28_tuning.ipynb #2cc36560
 def search(
     family:Family, # what is trained
     data:Prepared, # features of history
@@ -115,6 +125,7 @@ def search(
     by:str='auc', # the metric that decides
     robust:bool=False, # by mean less one standard deviation over the folds?
     cut:float|None=None, # for metrics of a class
+    known:CrossValidation|None=None, # of the start, when it was done already
     study:str|Path|None=None, # SQLite file that keeps the trials; None: a broken-off search is lost
     seed:int=42, # of the search and of the models
     threads:int=1, # of the family's library
@@ -126,8 +137,8 @@ def search(
     space = {k: v for k, v in family.space(*size).items() if k not in (params or {})} if space is None else space
     check_space(family, space)
     _check_budget(n_trials, seconds)
-    job = _Job(family, data, folds, start, space, {'seed': seed, 'threads': threads}, {'by': by, 'robust': robust, 'cut': cut}, report,
-               time.monotonic() + seconds if seconds else float('inf'))
+    rule, deadline = {'by': by, 'robust': robust, 'cut': cut}, time.monotonic() + seconds if seconds else float('inf')
+    job = _Job(family, data, folds, start, space, {'seed': seed, 'threads': threads}, rule, known, report, deadline)
     with _quiet_optuna():
         job.run_all(n_trials, _open_study(study, job))
     return _result(job)
@@ -147,7 +158,7 @@ def _open_study(path:str|Path|None, job:'_Job')->optuna.Study:
         reason = str(error).strip().partition('\n')[0]
         raise RiskError(f'The file of searches {path} cannot be used: {reason}. Delete it: it only saves time.') from error
 
-# %% ../nbs/28_tuning.ipynb #feff9e19
+# %% ../nbs/28_tuning.ipynb #a33fe13c
 @dataclass
 class _Job:
     "What the trials of a search share."
@@ -159,6 +170,7 @@ class _Job:
     space: Mapping[str, Any]
     settings: dict[str, Any] # seed and threads
     rule: dict[str, Any] # by, robust and cut
+    known: CrossValidation | None # of the start
     report: Callable[[Trial], Any]
     deadline: float # on the monotonic clock
     found: dict[int, CrossValidation] = field(default_factory=dict) # by trial; only those that can still be chosen
@@ -193,7 +205,8 @@ class _Job:
                 raise optuna.TrialPruned
 
         try:
-            cv = cross_validate(self.family, self.data, self.folds, params, report=report, **self.settings)
+            cv = _replay(self.known, report) if self.known and params == self.start else cross_validate(
+                self.family, self.data, self.folds, params, report=report, **self.settings)
         except optuna.TrialPruned:
             return None
         scores = fold_scores(self.rule['by'], self.data.target, self.folds, cv.margins, self.rule['cut'])
@@ -201,6 +214,16 @@ class _Job:
         trial.set_user_attr('rounds', cv.rounds)
         self.found[trial.number] = cv
         return merit(scores, self.rule['robust'])
+
+# %% ../nbs/28_tuning.ipynb #d4abe8ae
+def _replay(
+    cv:CrossValidation, # one that is done
+    report:Callable[[int, float], Any], # is told what it would have been told
+)->CrossValidation: # the same
+    "A cross-validation that need not be repeated."
+    for step, scores in enumerate(cv.curve, start=1):
+        report(step * EVERY, float(np.mean(scores)))
+    return cv
 
 # %% ../nbs/28_tuning.ipynb #65d1acd1
 def _params_of(

@@ -180,11 +180,17 @@ def points_table(
     names = ('feature', 'says', 'bin', 'rows', 'bad_rate', 'woe', 'iv', 'points')
     return {name: np.array(column, dtype=object if i < 3 else None) for i, (name, column) in enumerate(zip(names, zip(*lines, strict=True), strict=True))}
 
-# %% ../nbs/27_scorecard.ipynb #1439a139
+# %% ../nbs/27_scorecard.ipynb #9ce1a617
 class Scorecard(RowsFamily):
     "A scorecard of weights of evidence (Siddiqi, 2006)."
 
     name = 'scorecard'
+
+    def __init__(
+        self,
+        only:Collection[str]|None=None, # features that may be used; None for all
+    ):
+        self.only = only
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of any size."
@@ -197,5 +203,5 @@ class Scorecard(RowsFamily):
 
     def fit_rows(self, x:npt.NDArray[np.float32], bad:npt.NDArray[np.float64], about:Prepared, params:Mapping[str, Any],
                  seed:int, threads:int)->Additive:
-        "A card of these rows."
-        return with_points(fit_card(x, bad, about, params).additive)
+        "A card of these rows, before its points are rounded."
+        return fit_card(x, bad, about, params, self.only).additive

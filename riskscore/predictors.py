@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Predictor', 'Format', 'load_predictor']
 
-# %% ../nbs/07_predictors.ipynb #fd5fefe2
+# %% ../nbs/07_predictors.ipynb #a09298ee
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from .additive import additive_from_bytes
 from .core import RiskError, suggest
+from .foreign import CatBoostTrees, XGBoostTrees
 from .trees import Trees
 
 # %% ../nbs/07_predictors.ipynb #19caaec0
@@ -43,7 +44,7 @@ class Predictor(Protocol):
     def to_bytes(self) -> bytes:
         "What `load_predictor` reads back."
 
-# %% ../nbs/07_predictors.ipynb #a7cf0519
+# %% ../nbs/07_predictors.ipynb #d5e1ed11
 class Format(NamedTuple):
     "How a family is stored."
     file:str # name in the bundle
@@ -55,6 +56,8 @@ FORMATS = {
     'forest': Format('model.txt', lambda family, content: Trees(family, content.decode())),
     'logistic': Format('model.json', additive_from_bytes),
     'scorecard': Format('model.json', additive_from_bytes),
+    'xgboost': Format('model.json', XGBoostTrees),
+    'catboost': Format('model.json', CatBoostTrees),
 }
 
 # %% ../nbs/07_predictors.ipynb #49d0557b

@@ -6,7 +6,7 @@
 __all__ = ['REASON_LIMIT', 'reason_groups', 'Reasons', 'fit_reasons', 'explain', 'with_knockouts', 'reasons_to_dict',
            'reasons_from_dict']
 
-# %% ../nbs/06_reasons.ipynb #1778a517
+# %% ../nbs/06_reasons.ipynb #0d567fe4
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .contract import LANGUAGES, Contract
 from .core import RiskError, listing, suggest
 from .expressions import LEAVES, Expr
-from .features import FeaturePlan
+from .features import FeaturePlan, feature_meanings
 
 # %% ../nbs/06_reasons.ipynb #55120665
 def _first_column(
@@ -29,14 +29,15 @@ def _first_column(
         return str(expression.args[0]) if expression.op != 'number' else ''
     return next(filter(None, map(_first_column, expression.args)), '')
 
-# %% ../nbs/06_reasons.ipynb #75dad2c2
+# %% ../nbs/06_reasons.ipynb #ce5b4daa
 def reason_groups(
     contract:Contract, # its groups, and the group of each column
     plan:FeaturePlan, # features of the model
 )->dict[str, str]: # feature to the name of its group
     "Which reason each feature belongs to."
     claimed = {f: name for name, group in contract.groups.items() for f in group.get('features', ())}
-    unknown = [f'group {claimed[f]}: there is no feature {f}.{suggest(f, plan.names)}' for f in claimed if f not in plan.outputs]
+    engineered = feature_meanings(contract)  # a plan may leave some of them out
+    unknown = [f'group {claimed[f]}: there is no feature {f}.{suggest(f, plan.names)}' for f in claimed if f not in plan.outputs and f not in engineered]
     if unknown:
         raise RiskError(f'The contract {contract.name} gives reasons for features that the model does not have:', unknown)
     column = {name: contract.columns.get(_first_column(e)) for name, e in plan.outputs.items()}

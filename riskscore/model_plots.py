@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Samples', 'roc_figure', 'pr_figure', 'ks_figure', 'calibration_figure', 'gain_figure', 'lift_figure', 'score_figure',
-           'effect_figure']
+           'effect_figure', 'growth_figure']
 
 # %% ../nbs/42_model_plots.ipynb #901d6ba0
 from collections.abc import Mapping
@@ -182,4 +182,20 @@ def effect_figure(
     axes.set_yticks(range(len(rows)), [str(name)[:34] for name in table['feature'][rows]], color=COLOURS['ink'])
     axes.margins(y=0.06)
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.4, 1), ncols=3)
+    return figure
+
+# %% ../nbs/42_model_plots.ipynb #e0decc11
+def growth_figure(
+    curve:npt.NDArray[np.float64], # (looks, folds) a metric while the folds' models grew
+    every:int, # rounds between two looks
+    label:str='AUC', # name of the metric
+)->Figure:
+    "A metric of each fold and their mean, as the models grow."
+    rounds, mean = every * np.arange(1, len(curve) + 1), curve.mean(axis=1)
+    figure, axes = new_axes('Rounds', label, (5.6, 2.5))
+    axes.plot(rounds, curve, color=COLOURS['muted'], linewidth=0.8, alpha=0.6)
+    axes.plot(rounds, mean, color=COLOURS['first'], linewidth=2, label='mean of the folds')
+    best = int(np.argmax(mean))
+    axes.plot(rounds[best], mean[best], 'o', color=COLOURS['second'], label=f'best: {mean[best]:.4f} after {rounds[best]:,} rounds')
+    add_legend(axes, loc='lower right')
     return figure

@@ -190,7 +190,7 @@ class Trained:
     curve: npt.NDArray[np.float64] # (looks, folds) AUC after 25, 50, … rounds
     importance: dict[str, float] # feature to its share of the mean absolute contribution, largest first
 
-# %% ../nbs/26_models.ipynb #5a2751f5
+# %% ../nbs/26_models.ipynb #d9bda46a
 def train(
     family:Family, # what is trained
     data:Prepared, # features of history
@@ -198,12 +198,13 @@ def train(
     params:Mapping[str, Any], # as the family's defaults or a search gives them
     *,
     cv:CrossValidation|None=None, # of these folds and params, when a search has done it already
+    predictor:Predictor|None=None, # of all history and these params, when it was fitted already
     seed:int=42, # of everything that is drawn
     threads:int=1, # of the family's library
 )->Trained: # model, margins out of fold, figures
     "Cross-validates and fits on all of history."
     cv = cv or cross_validate(family, data, folds, params, seed=seed, threads=threads)
-    predictor = family.fit(data, params, cv.rounds, seed, threads)
+    predictor = predictor or family.fit(data, params, cv.rounds, seed, threads)
     figures = [{'rows': len(check), 'bad': int(data.target[check].sum()), 'auc': score}
                for (_, check), score in zip(folds, cv.scores, strict=True)]
     return Trained(predictor, cv.margins, dict(params), cv.rounds, figures, cv.curve, _importance(predictor, data, threads))

@@ -137,7 +137,7 @@ def log_metrics(
         figures = _entities('metric', {prefix + name: value for name, value in metrics.items()}, step)
         _client(tracking.uri).log_batch(run_id, metrics=figures)
 
-# %% ../nbs/29_tracking.ipynb #6c7038e7
+# %% ../nbs/29_tracking.ipynb #995b871b
 def log_training(
     tracking:Tracking, # an open store
     experiment:str, # usually the name of the data set
@@ -148,6 +148,7 @@ def log_training(
     data_digest:str, # digest of the training data
     tags:Mapping[str, Any]|None=None, # anything to search runs by
     description:str='', # shown on top of the run's page; Markdown
+    curves:Mapping[str, Sequence[float]]|None=None, # name -> figure look by look, while the model grew
 )->str: # id of the run
     "Records a finished training."
     with _explained(tracking):
@@ -155,7 +156,7 @@ def log_training(
         all_tags = {**(tags or {}), 'data_digest': data_digest, 'mlflow.source.name': 'riskscore', 'mlflow.note.content': description}
         run = client.create_run(_experiment(tracking, experiment), run_name=f'{experiment} {data_digest[:8]}')
         try:
-            _fill(tracking, run.info.run_id, parameters, all_tags, folds)
+            _fill(tracking, run.info.run_id, parameters, all_tags, {f'fold_{name}': values for name, values in folds.items()} | dict(curves or {}))
             log_metrics(tracking, run.info.run_id, metrics)
             with atomic_path(tracking.files(run.info.run_id) / 'bundle') as copy:
                 shutil.copytree(bundle, copy)
@@ -165,9 +166,9 @@ def log_training(
         client.set_terminated(run.info.run_id, 'FINISHED')
     return str(run.info.run_id)
 
-# %% ../nbs/29_tracking.ipynb #bf90083e
-def _fill(tracking:Tracking, run_id:str, parameters:Mapping[str, Any], tags:Mapping[str, Any], folds:Mapping[str, Sequence[float]])->None:
-    "Parameters, tags, data and folds of a run."
+# %% ../nbs/29_tracking.ipynb #972a802e
+def _fill(tracking:Tracking, run_id:str, parameters:Mapping[str, Any], tags:Mapping[str, Any], curves:Mapping[str, Sequence[float]])->None:
+    "Parameters, tags, data, folds and curves of a run."
     from mlflow.entities import Dataset, DatasetInput, InputTag
 
     client = _client(tracking.uri)
@@ -175,9 +176,9 @@ def _fill(tracking:Tracking, run_id:str, parameters:Mapping[str, Any], tags:Mapp
     for start in range(0, len(settings), 90):  # MLflow takes a hundred at a time
         client.log_batch(run_id, params=settings[start:start + 90])
     client.log_batch(run_id, tags=_entities('tag', tags))
-    for name, values in folds.items():
-        for fold, value in enumerate(values, 1):
-            log_metrics(tracking, run_id, {f'fold_{name}': value}, step=fold)
+    points = [(name, value, step) for name, values in curves.items() for step, value in enumerate(values, 1)]
+    for start in range(0, len(points), 500):  # a thousand at a time at the most
+        client.log_batch(run_id, metrics=[m for name, value, step in points[start:start + 500] for m in _entities('metric', {name: value}, step)])
     data = Dataset(name='history', digest=str(tags['data_digest'])[:36], source_type='local', source='{}')
     client.log_inputs(run_id, [DatasetInput(dataset=data, tags=[InputTag('mlflow.data.context', 'training')])])
 

@@ -87,7 +87,7 @@ def _check_use(contract:Contract, leaf:Expr, name:str, known:Mapping[str, Expr])
     if leaf.op == 'level' and column.levels and leaf.args[1] not in column.known:
         raise RiskError(f"feature {name}: column {column.name} has no level '{leaf.args[1]}'.{suggest(leaf.args[1], column.levels)}")
 
-# %% ../nbs/03_features.ipynb #2f7836dc
+# %% ../nbs/03_features.ipynb #399633a4
 def feature_expressions(
     contract:Contract, # its columns, derived features and feature sets
 )->dict[str, Expr]: # feature name to expression over columns: derived ones, then those of the sets
@@ -103,6 +103,8 @@ def feature_expressions(
             resolved[name] = _resolve(read(), name, contract, resolved)
         except RiskError as error:
             problems.append(str(error))
+    problems += [f"group {name}: there is no feature '{f}'.{suggest(f, resolved)}" for name, group in contract.groups.items()
+                 for f in group.get('features', ()) if f not in resolved]
     if problems:
         raise RiskError(f'The contract {contract.name} declares features that cannot be computed:', problems)
     return resolved

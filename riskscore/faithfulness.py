@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['columns_behind', 'columns_owned', 'moved_pd', 'Faithfulness', 'faithfulness']
 
-# %% ../nbs/38_faithfulness.ipynb #cd04272f
+# %% ../nbs/38_faithfulness.ipynb #aa721af1
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
@@ -17,7 +17,7 @@ from .contract import Contract
 from .core import Frame, RiskError, frame_rows
 from .features import FeaturePlan
 from .metrics import jeffreys_interval
-from .reasons import REASON_LIMIT, Reasons
+from .reasons import Reasons, stated
 
 # %% ../nbs/38_faithfulness.ipynb #f4d34610
 def columns_behind(
@@ -109,18 +109,17 @@ def _gains(
     "What moving each group is worth."
     return np.column_stack([pd - moved_pd(scorer, tried, approved, columns, donors, threads) for columns in groups.values()])
 
-# %% ../nbs/38_faithfulness.ipynb #c08bdd55
+# %% ../nbs/38_faithfulness.ipynb #32a6773e
 def _figures(effects:npt.NDArray[np.float64], gain:Mapping[str, npt.NDArray[np.float64]], error:float)->Faithfulness:
     "Effects and gains of each group, (rows, groups), as shares."
     rows, every = len(effects), np.arange(len(effects))
-    order = np.argsort(-effects, axis=1, kind='stable')[:, :REASON_LIMIT]
+    order, told = stated(effects)
     first, best = order[:, 0], gain['behind'].argmax(axis=1)
-    stated = np.take_along_axis(effects, order, axis=1) > 0
     lowered = gain['behind'][every, first] > 0
     used = int((np.abs(effects - effects[:1]) > 0).any(axis=0).sum())
     return Faithfulness(
         rows=rows, error=error, lowered=float(lowered.mean()), lowered_from=float(jeffreys_interval(int(lowered.sum()), rows)[0]),
         lowered_owned=float((gain['owned'][every, first] > 0).mean()),
-        lowered_any=float((np.take_along_axis(gain['behind'], order, axis=1) > 0)[stated].mean()),
-        agreement=float((first == best).mean()), in_stated=float(((order == best[:, None]) & stated).any(axis=1).mean()),
+        lowered_any=float((np.take_along_axis(gain['behind'], order, axis=1) > 0)[told].mean()),
+        agreement=float((first == best).mean()), in_stated=float(((order == best[:, None]) & told).any(axis=1).mean()),
         random=1 / max(used, 1))

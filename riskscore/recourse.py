@@ -92,9 +92,9 @@ def _link(a:str, b:str, history:Frame)->tuple[str, str, float, float]|None:
     low, high = np.quantile(history[a][both] / history[b][both], [0.01, 0.99])
     return a, b, float(low), float(high)
 
-# %% ../nbs/10_recourse.ipynb #3473a88b
+# %% ../nbs/10_recourse.ipynb #4237502f
 Score = Callable[[Frame], Mapping[str, npt.NDArray[Any]]]
-_FINE, _COARSE, _NEAREST = 50, 8, 3
+_FINE, _COARSE, _NEAREST = 50, 12, 10
 
 
 def find_recourse(
@@ -188,10 +188,10 @@ def _frame(typed:Mapping[str, Any], changes:list[dict[str, Any]])->Frame:
         frame[name] = np.array(values, dtype=object if text else np.float64)
     return frame
 
-# %% ../nbs/10_recourse.ipynb #b834d7fe
+# %% ../nbs/10_recourse.ipynb #f039bda7
 def _changes(ranges:Recourse, typed:Mapping[str, Any], change:Mapping[str, Any])->list[dict[str, Any]]:
     "What to change, in words."
     texts = {'en': '{}: {} instead of {}', 'es': '{}: {} en lugar de {}'}
     shown = {n: [v if isinstance(v, str) else f'{v:,.10g}' for v in (value, typed[n])] for n, value in change.items()}
-    return [{'column': n, 'from': typed[n], 'to': value,
+    return [{'column': n, 'from': typed[n] if isinstance(typed[n], str) else float(typed[n]), 'to': value,
              **{k: texts[k].format(ranges.words[n].get(k, n), *shown[n]) for k in LANGUAGES}} for n, value in change.items()]

@@ -43,14 +43,14 @@ def expected_value(
     row = value[decision]
     return amount * ((1.0 - pd) * row['good'] + pd * row['bad']) + row.get('fixed', 0.0)
 
-# %% ../nbs/05_policy.ipynb #6e47fc52
+# %% ../nbs/05_policy.ipynb #73ab4bac
 def compile_knockouts(
     contract:Contract, # its knock-outs, over its columns
 )->tuple[dict[str, Any], ...]: # each with name, text as written, `when` as a JSON tree, decision and words
     "Reads the rules of a contract; one RiskError lists every rule that cannot be computed."
     texts = {f'knock-out {rule["name"]}': rule['when'] for rule in contract.knockouts}
     try:
-        trees = feature_expressions(replace(contract, derived=texts, features=()))
+        trees = feature_expressions(replace(contract, derived=texts, features=(), groups={}))
     except RiskError as error:
         problems = [p.removeprefix('feature ') for p in error.problems]
         raise RiskError(f'The contract {contract.name} has knock-outs that cannot be computed:', problems) from error

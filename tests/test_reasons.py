@@ -1,0 +1,122 @@
+"""Reasons tell the truth: they add up, they name what moves the decision, and they read the same for a table and for one application."""
+import json
+
+import numpy as np
+import pytest
+from explained import explained, one, take
+from small_bundle import applications, small_bundle
+
+from riskscore.bundle import load_bundle
+from riskscore.contract import LANGUAGES, check_frame, load_contract
+from riskscore.core import RiskError
+from riskscore.faithfulness import columns_behind, columns_owned, faithfulness
+from riskscore.policy import judge
+from riskscore.reasons import REASON_LIMIT, explain, reason_groups
+from riskscore.synthetic import write_home_credit
+
+SETS = {'taiwan': 'taiwan/UCI_Credit_Card.csv', 'home_credit': 'home_credit_sample/application_train.csv.gz'}
+
+
+@pytest.fixture(scope='module')
+def synthetic(tmp_path_factory):
+    "A model of synthetic applicants."
+    folder = tmp_path_factory.mktemp('synthetic')
+    write_home_credit(folder / 'applicants.csv', 8000, 7)
+    return explained(folder / 'models', folder / 'applicants.csv', load_contract('data/contracts/home_credit.yaml'))
+
+
+def test_contributions_add_up_to_the_margin(synthetic):
+    scorer, features = synthetic.scorer, synthetic.scorer.plan.frame(synthetic.future)
+    parts = scorer.predictor.contributions(features)
+    margin = scorer.predictor.margin(features)
+    np.testing.assert_allclose(parts.sum(axis=1), margin, rtol=0, atol=1e-9)
+    np.testing.assert_allclose(scorer.reasons.grouped(parts).sum(axis=1), margin, rtol=0, atol=1e-9)
+    usual = scorer.reasons.effects(parts).sum(axis=1) - parts[:, :-1].sum(axis=1)
+    np.testing.assert_allclose(usual, usual[0], rtol=0, atol=1e-6)  # the approved mean is the same for everybody; effects are rounded
+
+
+def test_moving_the_first_reason_lowers_the_pd_of_synthetic_applicants(synthetic):
+    found = faithfulness(synthetic.scorer, synthetic.by_decision('decline'), synthetic.by_decision('approve', 'history'), rows=100, draws=5)
+    assert found.error < 1e-9 and found.lowered >= 0.95 and found.agreement > 3 * found.random, found
+
+
+@pytest.mark.parametrize('name', SETS)
+def test_moving_the_first_reason_lowers_the_pd_of_real_applicants(real_data, tmp_path, name):
+    model = explained(tmp_path, real_data / SETS[name], load_contract(f'data/contracts/{name}.yaml'))
+    found = faithfulness(model.scorer, model.by_decision('decline'), model.by_decision('approve', 'history'), rows=150, draws=5)
+    assert found.error < 1e-9 and found.lowered >= 0.95 and found.lowered_owned >= 0.9 and found.agreement > 3 * found.random, found
+
+
+def test_a_table_and_one_application_have_the_same_reasons(synthetic):
+    scorer, some = synthetic.scorer, take(synthetic.future, slice(60))
+    table = scorer.explain(some)
+    for i in range(60):
+        typed = one(some, i)
+        alone = scorer.explain(typed, scorer.plan.record(typed)[None, :])[0]
+        assert [{**r, 'effect': r['effect'] and round(r['effect'], 6)} for r in alone] == [
+            {**r, 'effect': r['effect'] and round(r['effect'], 6)} for r in table[i]]
+
+
+def test_reasons_are_adverse_principal_worst_first_and_in_both_languages(synthetic):
+    for row in synthetic.scorer.explain(synthetic.by_decision('decline')):
+        effects = [r['effect'] for r in row]
+        assert 1 <= len(row) <= REASON_LIMIT and effects == sorted(effects, reverse=True) and effects[-1] >= 0.1 * effects[0] > 0
+        assert len({r['group'] for r in row}) == len(row)
+        assert all(r[k] and '_' not in r[k].split(':')[0] for r in row for k in LANGUAGES), row
+        json.dumps(row)
+
+
+def test_a_direction_is_true_of_the_value_that_it_speaks_of(synthetic):
+    reasons, plan, declined = synthetic.scorer.reasons, synthetic.scorer.plan, synthetic.by_decision('decline')
+    features, usual = plan.frame(declined), dict(zip(reasons.features, zip(reasons.typical, reasons.average, strict=True), strict=True))
+    seen = set()
+    for values, row in zip(features, synthetic.scorer.explain(declined), strict=True):
+        for reason in (r for r in row if r['feature']):
+            place = plan.names.index(reason['feature'])
+            value, (typical, average) = float(values[place]), usual[reason['feature']]
+            size = abs if reasons.told[place] == 'back' else float
+            seen.add(reason['direction'])
+            assert (reason['direction'] == 'missing') == np.isnan(value)
+            if reason['direction'] in ('higher', 'lower'):
+                against = average if typical is None or typical == value else typical
+                assert (size(value) > size(against)) == (reason['direction'] == 'higher'), reason
+    assert {'higher', 'lower', 'missing', 'different'} <= seen
+
+
+def test_external_scores_stay_apart_and_every_feature_has_words(synthetic):
+    contract, reasons = synthetic.scorer.contract, synthetic.scorer.reasons
+    owner = reason_groups(contract, synthetic.scorer.plan)
+    assert len({owner[f'EXT_SOURCE_{i}'] for i in (1, 2, 3)} | {owner['ext_mean']}) == 4
+    assert set(owner.values()) <= set(contract.groups)
+    assert all(set(words) >= set(LANGUAGES) for words in (g['words'] for g in contract.groups.values()))
+    assert set(columns_owned(reasons, synthetic.scorer.plan, contract)['ext_source_1']) == {'EXT_SOURCE_1'}
+    assert {'EXT_SOURCE_1', 'DAYS_BIRTH'} <= set(columns_behind(reasons, synthetic.scorer.plan)['ext_source_1'])
+
+
+@pytest.mark.parametrize('name', ['home_credit', 'taiwan', 'pi_m5'])
+def test_every_group_of_a_committed_contract_is_worded(root, name):
+    contract = load_contract(root / f'data/contracts/{name}.yaml')
+    assert {c.group for c in contract.columns.values() if c.group} <= set(contract.groups)
+    assert all(set(LANGUAGES) <= set(group.get('words', ())) for group in contract.groups.values())
+
+
+def test_a_rule_that_fired_is_the_first_reason(synthetic):
+    broke = take(synthetic.future, slice(5)) | {'AMT_ANNUITY': np.full(5, 90_000.0), 'AMT_INCOME_TOTAL': np.full(5, 100_000.0)}
+    rows = synthetic.scorer.explain(broke)
+    assert all(row[0]['group'] == 'debt_ratio' and row[0]['direction'] == 'rule' and len(row) <= REASON_LIMIT for row in rows)
+    assert set(judge(synthetic.scorer.policy, np.zeros(5), broke)[0]) == {'refer'}
+
+
+def test_a_bundle_without_reasons_says_so(tmp_path):
+    scorer = load_bundle(small_bundle(tmp_path))
+    with pytest.raises(RiskError, match='without reasons'):
+        scorer.explain(check_frame(scorer.contract, applications(2)).frame)
+
+
+def test_one_explanation_is_quick(synthetic):
+    from timeit import repeat
+
+    scorer = synthetic.scorer
+    features = scorer.plan.frame(take(synthetic.by_decision('decline'), slice(1)))
+    parts = scorer.predictor.contributions(features)
+    assert min(repeat(lambda: explain(scorer.reasons, features, parts), number=50, repeat=10)) / 50 < 200e-6

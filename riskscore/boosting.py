@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['default_params', 'LightGBM']
 
-# %% ../nbs/27_boosting.ipynb #95330e17
+# %% ../nbs/27_boosting.ipynb #6e7dc229
 import re
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from functools import cache
 from typing import Any
 
@@ -15,21 +15,21 @@ import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 
-from .core import RiskError, suggest
+from .core import RiskError
 from .matrix import DATASET_PARAMS, Prepared
 from .models import EVERY, Family, Learner
 from .split import Folds
 from .trees import Trees
 
-# %% ../nbs/27_boosting.ipynb #2ea5a70d
+# %% ../nbs/27_boosting.ipynb #b6de6028
 def default_params(
     rows:int, # rows of history
     features:int, # how many features
 )->dict[str, Any]: # parameters of LightGBM
     "A strong start for a table of this size."
-    return {'learning_rate': 0.03, 'num_leaves': 8, 'lambda_l2': 10.0, 'bagging_fraction': 0.8, 'bagging_freq': 1,
+    return {'learning_rate': 0.02, 'num_leaves': 8, 'lambda_l2': 10.0, 'bagging_fraction': 0.8, 'bagging_freq': 1,
             'min_data_in_leaf': int(np.clip(rows // 200, 5, 100)),
-            'feature_fraction': round(float(np.clip(15 / features, 0.2, 1)), 2)}
+            'feature_fraction': round(float(np.clip(15 / features, 0.1, 1)), 2)}
 
 # %% ../nbs/27_boosting.ipynb #505500c8
 _FIXED = {'objective': 'binary', 'metric': 'None', 'deterministic': True, 'force_row_wise': True}

@@ -238,7 +238,7 @@ def leaderboard(
                      'seconds': entry.cost.seconds, 'megabytes': entry.cost.megabytes, 'microseconds': entry.cost.microseconds})
     return {name: [row[name] for row in rows] for name in rows[0]}
 
-# %% ../nbs/29_candidates.ipynb #2578e9c7
+# %% ../nbs/29_candidates.ipynb #1a8c31b5
 def leaderboard_words(
     table:Mapping[str, Sequence[Any]], # what leaderboard gave
     by:str, # metric that decided
@@ -248,7 +248,8 @@ def leaderboard_words(
     decided, columns = METRICS[by], dict[str, list[str]]()
     columns['candidate'] = [f'{n} (tuned)' if t else str(n) for n, t in zip(table['candidate'], table['tuned'], strict=True)]
     if by != 'auc' or robust:
-        columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.3f} ± {d:.3f}' for m, d in zip(table['mean'], table['deviation'], strict=True)]
+        spread = zip(table['mean'], table['deviation'], strict=True)
+        columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.3f} ± {d:.3f}' for m, d in spread]
     columns['AUC, 95% interval'] = [f'{v:.4f} ({a:.4f} to {b:.4f})' for v, a, b in zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)]
     columns['AUC behind the first, 95% interval'] = ['' if a is None else f'{v:+.4f} ({a:+.4f} to {b:+.4f})'.replace('-', '−') for v, a, b in zip(
         table['behind'], table['behind_low'], table['behind_high'], strict=True)]

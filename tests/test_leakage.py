@@ -309,7 +309,7 @@ def test_a_planted_leak_depends_on_the_seed_alone(synthetic, tmp_path):
 def planted(tmp_path_factory):
     "The script of the gate's own test, in a copy of the checkout, so that a build of the checkout does not matter."
     folder = tmp_path_factory.mktemp('checkout')
-    for name in ('nbs', 'riskscore', 'data/contracts', 'pipeline.yaml', 'env.smoke.yaml', 'settings.ini', '.ci/planted'):
+    for name in ('nbs', 'riskscore', 'data/contracts', 'data/candidates', 'pipeline.yaml', 'env.smoke.yaml', 'settings.ini', '.ci/planted'):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, folder / name)

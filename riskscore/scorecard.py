@@ -159,12 +159,13 @@ def card_points(
         raise RiskError('These terms are no whole points; call with_points first.')
     return round(base), {name: tuple(np.rint(p).astype(int).tolist()) for name, p in exact.items()}
 
-# %% ../nbs/27_scorecard.ipynb #048a24c6
+# %% ../nbs/27_scorecard.ipynb #383d39f9
 def points_table(
     additive:Additive, # a card in whole points
     bins:Sequence[Bins], # of its terms, as fit_card gives them
     plan:FeaturePlan, # names of the levels
     meanings:Mapping[str, str]|None=None, # what engineered features say, as feature_meanings gives it
+    flags:Mapping[str, Sequence[str]]|None=None, # the two levels of flags, no and yes
 )->Frame: # columns feature, says, bin, rows, bad_rate, woe, iv, points
     "A scorecard as a table, strongest feature first."
     start, points = card_points(additive)
@@ -174,6 +175,7 @@ def points_table(
         worth = points[b.feature]
         worth = tuple(worth[b.groups.index(i)] for i in range(len(b.rows) - 1)) + worth[-1:] if b.groups else worth
         words = bin_words(b, plan.levels.get(plan.outputs[b.feature].args[0], ()) if b.groups else ())
+        words = [*(flags or {})[b.feature], 'missing'] if b.feature in (flags or {}) and len(b.rows) == 3 else words
         shown = [i for i in range(len(words)) if b.rows[i] or words[i] == 'missing']
         lines += [(b.feature, (meanings or {}).get(b.feature, ''), words[i], b.rows[i], b.bad[i] / max(b.rows[i], 1), b.woe[i], b.iv, worth[i])
                   for i in shown]

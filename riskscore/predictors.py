@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FORMATS', 'Predictor', 'Format', 'load_predictor']
 
-# %% ../nbs/07_predictors.ipynb #a09298ee
+# %% ../nbs/07_predictors.ipynb #b012c904
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
@@ -15,6 +15,7 @@ import numpy.typing as npt
 from .additive import additive_from_bytes
 from .core import RiskError, suggest
 from .foreign import CatBoostTrees, XGBoostTrees
+from .network import Network
 from .trees import Trees
 
 # %% ../nbs/07_predictors.ipynb #19caaec0
@@ -44,7 +45,7 @@ class Predictor(Protocol):
     def to_bytes(self) -> bytes:
         "What `load_predictor` reads back."
 
-# %% ../nbs/07_predictors.ipynb #d5e1ed11
+# %% ../nbs/07_predictors.ipynb #5a7b0e31
 class Format(NamedTuple):
     "How a family is stored."
     file:str # name in the bundle
@@ -58,6 +59,7 @@ FORMATS = {
     'scorecard': Format('model.json', additive_from_bytes),
     'xgboost': Format('model.json', XGBoostTrees),
     'catboost': Format('model.json', CatBoostTrees),
+    'network': Format('model.safetensors', Network),
 }
 
 # %% ../nbs/07_predictors.ipynb #49d0557b

@@ -169,13 +169,14 @@ def _worst_ratio(tables:Mapping[str, Frame])->dict[str, Any]|None:
     return {'column': column, 'group': str(t['group'][i]), 'against': str(best), 'value': value, 'low': float(t['ratio_low'][i]),
             'high': float(t['ratio_high'][i]), 'verdict': str(t['verdict'][i])}
 
-# %% ../nbs/37_fairness.ipynb #fda17cc7
+# %% ../nbs/37_fairness.ipynb #a8cf03e0
 def fairness_summary(
     tables:Mapping[str, Frame], # protected column, in words -> its `group_table`
-)->dict[str, Any]: # worst_ratio, auc_gap, goods_refused_gap, tone ('good', 'warn', 'bad' or '') and verdict, one sentence
+)->dict[str, Any]: # worst_ratio, the same by_column, auc_gap, goods_refused_gap, tone ('good', 'warn', 'bad' or '') and verdict, one sentence
     "What is to be said of fairness in a few words."
     worst = _worst_ratio(tables)
-    found = {'worst_ratio': worst, 'auc_gap': widest_gap(tables, 'auc'), 'goods_refused_gap': widest_gap(tables, 'goods_refused')}
+    by_column = {column: _worst_ratio({column: table}) for column, table in tables.items()}
+    found = {'worst_ratio': worst, 'by_column': by_column, 'auc_gap': widest_gap(tables, 'auc'), 'goods_refused_gap': widest_gap(tables, 'goods_refused')}
     if worst is None:
         why = 'no two groups are large enough to compare' if tables else 'the contract names no protected column'
         return found | {'tone': '', 'verdict': f'Fairness could not be measured: {why}.'}

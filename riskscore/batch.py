@@ -135,17 +135,17 @@ def _answers(
         answers['outcome'] = batch.frame[target.name][keep]
     return answers | {'flags': _flags(batch, scorer.contract)[keep]}
 
-# %% ../nbs/30_batch.ipynb #e4e7208e
+# %% ../nbs/30_batch.ipynb #51283500
 def _table(
     answers:Frame, # (rows,) columns
     name:str, # of the id column
     ids:pa.Array, # (rows,) ids
-    version:str, # of the model
+    versions:Mapping[str, str], # column to the version of the model, or of the policy
 )->pa.RecordBatch: # as it is written
-    "Answers with the names of the applications and of the model."
+    "Answers with the names of the applications, of the model and of the policy."
     batch = frame_batch(answers)
-    versions = pa.repeat(frame_batch({'version': np.array([version], dtype=object)}).column(0)[0], batch.num_rows)
-    return pa.RecordBatch.from_arrays([ids, *batch.columns, versions], names=[name, *answers, 'model_version'])
+    same = [pa.repeat(frame_batch({n: np.array([v], dtype=object)}).column(0)[0], batch.num_rows) for n, v in versions.items()]
+    return pa.RecordBatch.from_arrays([ids, *batch.columns, *same], names=[name, *answers, *versions])
 
 # %% ../nbs/30_batch.ipynb #2063ba46
 _T = TypeVar('_T')
@@ -243,7 +243,7 @@ def _prepared(
         distinct = {name: (column.values, column.codes) for name, column in batch.typed.items() if column.codes is not None}
         yield batch, scorer.plan.frame(batch.frame, distinct=distinct)
 
-# %% ../nbs/30_batch.ipynb #269e3d63
+# %% ../nbs/30_batch.ipynb #c89ec050
 def _write(
     run:BatchRun, # where to write; totals are added
     prepared:Iterable[tuple[Batch, npt.NDArray[np.float32]]], # typed rows and their features
@@ -257,7 +257,8 @@ def _write(
         for batch, features in prepared:
             keep = np.flatnonzero(~batch.bad_rows)
             answers = _answers(batch, keep, features, scorer, threads)
-            table = _table(answers, *_id_column(batch, keep, scorer.contract), scorer.version)
+            table = _table(answers, *_id_column(batch, keep, scorer.contract),
+                           {'model_version': scorer.version, 'policy_version': scorer.policy.version})
             result = result or files.enter_context(open_result(run.out, table.schema))
             result.write(table)
             refusals.writerows(_refusals(batch, scorer.contract))

@@ -71,7 +71,7 @@ def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
 
-# %% ../nbs/09_bundle.ipynb #ccb3344d
+# %% ../nbs/09_bundle.ipynb #627fc0d4
 @dataclass(frozen=True)
 class Scorer:
     "A loaded bundle."
@@ -123,11 +123,11 @@ class Scorer:
         self,
         application: Mapping[str, Any],  # field name to raw value
         explain: bool = False,  # with reasons?
-    ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, flags (soft violations), and reasons
+    ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, policy_version, flags (soft violations), and reasons
         "Scores one application; RiskError lists every field that is refused."
         return _record(self, application, explain)
 
-# %% ../nbs/09_bundle.ipynb #18da70a9
+# %% ../nbs/09_bundle.ipynb #2692d157
 def _record(scorer:Scorer, application:Mapping[str, Any], explained:bool)->dict[str, Any]:
     "Scores one raw application."
     typed, violations = check_record(scorer.contract, application)
@@ -140,7 +140,7 @@ def _record(scorer:Scorer, application:Mapping[str, Any], explained:bool)->dict[
     decision, knockout = judge(scorer.policy, pd, typed)
     value = float(scorer.policy.expected(pd, amount, decision)[0])
     answer = {'pd': float(pd[0]), 'score': int(score_points(pd)[0]), 'decision': str(decision[0]), 'knockout': knockout[0],
-              'value': value if value == value else None, 'flags': [v.message for v in violations]}
+              'value': value if value == value else None, 'policy_version': scorer.policy.version, 'flags': [v.message for v in violations]}
     return answer | {'reasons': scorer.explain(typed, features)[0]} if explained else answer
 
 # %% ../nbs/09_bundle.ipynb #31e18f79

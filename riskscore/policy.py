@@ -203,10 +203,11 @@ def appetite_table(
                      'bad_rate': _mean(outcome[decision == 'approve']), 'value': np.nansum(worth)})
     return {name: np.array([row[name] for row in rows]) for name in rows[0]}
 
-# %% ../nbs/05_policy.ipynb #79e99ebd
+# %% ../nbs/05_policy.ipynb #4a84f07c
 def _mean(values:npt.NDArray[np.float64])->float:
-    "Mean, null of nothing."
-    return float(values.mean()) if len(values) else float('nan')
+    "Mean of what is known, null of nothing."
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else float('nan')
 
 # %% ../nbs/05_policy.ipynb #60cb272e
 def profit_curve(

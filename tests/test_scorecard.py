@@ -17,6 +17,7 @@ from riskscore.contract import check_frame, load_contract, parse_contract
 from riskscore.datasets import read_frames
 from riskscore.feature_sets import feature  # noqa: F401  # declares the features that contracts name
 from riskscore.features import feature_meanings, fit_plan
+from riskscore.monotone import constrain, sweep
 from riskscore.policy import score_points
 from riskscore.ranking import auc
 from riskscore.scorecard import card_points, fit_card, points_table, with_points
@@ -75,10 +76,14 @@ def assert_card_of(source, contract, least_auc: float, most_rows: int | None = N
     frame = {n: np.concatenate([f[n] for f in frames])[:most_rows] for n in frames[0]}
     tables_ = [b.table.to_pydict() for b in read_raw(source, nulls=contract.nulls, known=contract.columns)]
     raw = {n: [v for t in tables_ for v in t[n]][:most_rows] for n in tables_[0]}
-    plan, bad = fit_plan(contract, [frame]), frame[contract.target.name]
+    constrained, bad = constrain(contract, fit_plan(contract, [frame])), frame[contract.target.name]
+    plan = constrained.plan
     matrix = plan.frame(frame)
-    fitted = fit_card(matrix, bad, about(plan), {}, only=sql_features(plan, contract))
+    directions = tuple(constrained.directions.get(name, 0) for name in plan.names)
+    fitted = fit_card(matrix, bad, about(plan, directions), {}, only=sql_features(plan, contract))
     card = with_points(fitted.additive, fit_calibration(fitted.additive.margin(matrix), bad))
+    moved = sweep(contract, lambda f: card.margin(plan.frame(f)), frame, rows=50)
+    assert sum(moved['steps']) > 0 and sum(moved['violations']) == 0
     assert assert_sql_equals_python(contract, plan, card, matrix, raw) > 20
     assert auc(bad, card.margin(matrix)) > least_auc
     table = points_table(card, fitted.bins, plan, feature_meanings(contract))

@@ -77,7 +77,7 @@ def _chosen(family:NetworkFamily, params:Mapping[str, Any], rows:int, features:i
         raise RiskError('These parameters of the network cannot be used; correct them and try again.', problems)
     return chosen | {'hidden': list(hidden)}
 
-# %% ../nbs/28_network_family.ipynb #8869bbdf
+# %% ../nbs/28_network_family.ipynb #d31dd26d
 class _Inputs:
     "How rows become numbers, learnt from some of them."
 
@@ -99,7 +99,10 @@ class _Inputs:
 
     def rows(self, x:npt.NDArray[np.float32])->npt.NDArray[np.int64]:
         "Rows of the tables, (rows, categories)."
-        return np.stack([level_rows(x[:, i], size) for i, size in zip(self.categories, self.sizes, strict=True)] or [np.empty(0, np.int64)], axis=-1)
+        found = np.empty((len(x), len(self.sizes)), dtype=np.int64)
+        for j, (i, size) in enumerate(zip(self.categories, self.sizes, strict=True)):
+            found[:, j] = level_rows(x[:, i], size)
+        return found
 
 # %% ../nbs/28_network_family.ipynb #d89aa340
 @contextmanager

@@ -6,7 +6,7 @@
 __all__ = ['BASE_POINTS', 'BASE_ODDS', 'POINTS_TO_DOUBLE', 'score_points', 'expected_value', 'compile_knockouts', 'Policy',
            'judge', 'policy_from_dict', 'fit_policy', 'appetite_table', 'profit_curve']
 
-# %% ../nbs/05_policy.ipynb #f62a26ec
+# %% ../nbs/05_policy.ipynb #d8cab54e
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .contract import DECISIONS, Contract, parse_contract
+from .contract import DECISIONS, Contract, _knockout_problems, _value_problems
 from .core import Frame, RiskError, canonical_json, digest_bytes, suggest
 from .expressions import from_json, where
 from .features import FeaturePlan, feature_expressions
@@ -134,7 +134,7 @@ def judge(
         forced[hit], names[hit] = code, rule['name']
     return np.array(DECISIONS, dtype=object)[np.maximum(codes, forced)], names
 
-# %% ../nbs/05_policy.ipynb #eea78f4e
+# %% ../nbs/05_policy.ipynb #9d5e1175
 def policy_from_dict(
     content:Any, # what Policy.to_dict gave
     source:str='policy', # its name in messages
@@ -146,9 +146,10 @@ def policy_from_dict(
         policy = Policy(**{k: v for k, v in content.items() if k in known} | {'knockouts': tuple(content.get('knockouts', ()))})
         if not 0 <= policy.approve_below <= policy.decline_from <= 1:
             problems.append(f'cut-offs must satisfy 0 <= approve_below <= decline_from <= 1, got {policy.approve_below} and {policy.decline_from}.')
-        problems += [f"decision '{r['decision']}' is not one of refer, decline." for r in policy.knockouts if r['decision'] not in DECISIONS[1:]]
-        problems += [f'value: {d} must say what good and bad are worth.' for d in DECISIONS if not {'good', 'bad'} <= set(policy.value.get(d, ()))]
-        problems += [f'knock-out {name} is there twice.' for name in policy.rules.names if [r['name'] for r in policy.knockouts].count(name) > 1]
+        problems += [f'{k} must be text.' for k in ('currency', 'note', 'amount') if not isinstance(getattr(policy, k), str | None)]
+        written = tuple({'name': r['name'], 'when': r['text'], 'decision': r['decision'], 'words': r['words']} for r in policy.knockouts)
+        problems += _value_problems(policy.value) + _knockout_problems(Contract(source, {}, knockouts=written))
+        problems += [f'knock-out {name} reads no column.' for name, tree in policy.rules.outputs.items() if not tree.columns]
     except (KeyError, TypeError, AttributeError) as error:
         raise RiskError(f'{source} is no policy: {type(error).__name__} {error}. Write one with `riskscore policy set`.') from error
     if problems:

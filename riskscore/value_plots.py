@@ -115,7 +115,7 @@ def profit_figure(
     add_legend(axes, loc='best')
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #e8b98974
+# %% ../nbs/43_value_plots.ipynb #4115173d
 def appetite_figure(
     curve:Frame, # approved and bad_rate, as profit_curve gives them
     appetites:Frame, # bad_loss_factor, approved and bad_rate, as appetite_table gives them
@@ -127,7 +127,7 @@ def appetite_figure(
         own = factor == 1
         axes.plot(approved, rate, 'o', color=COLOURS['second' if own else 'muted'], markersize=7 if own else 5)
         name = 'as in the contract' if own else f'loss x {factor:g}'
-        axes.annotate(name, (approved, rate), (6, -11), textcoords='offset points', fontsize=9, color=COLOURS['ink'])
+        axes.annotate(name, (approved, rate), (0, 9) if own else (6, -11), textcoords='offset points', fontsize=9, color=COLOURS['ink'])
     axes.set_ylim(bottom=0)
     percent(axes)
     return figure

@@ -152,10 +152,17 @@ def test_any_policy_survives_json_and_judges_any_table_as_its_rows(data):
 
 # ---------------------------------------------------------------- versions, files, other appetites
 
+RULE = {'name': 'x', 'text': 'age < 18', 'when': ['column', 'age'], 'decision': 'decline', 'words': {'en': 'x', 'es': 'x'}}
+
+
 @pytest.mark.parametrize('change, message', [
     ({'approve_below': 0.5, 'decline_from': 0.4}, 'cut-offs must satisfy'), ({'approve_below': 'low'}, 'is no policy'),
-    ({'value': {}}, 'value: approve must say'), ({'aprove_below': 1}, "unknown key 'aprove_below'. Did you mean 'approve_below'"),
-    ({'knockouts': [{'name': 'x', 'decision': 'decline', 'when': ['os.system', 'ls']}]}, 'no expression'), ({'knockouts': [{}]}, 'is no policy'),
+    ({'value': {}}, 'value: the money at stake is missing'), ({'value': {d: {'good': 'x', 'bad': 1} for d in DECISIONS}}, 'good must be a number'),
+    ({'aprove_below': 1}, "unknown key 'aprove_below'. Did you mean 'approve_below'"),
+    ({'knockouts': [RULE | {'when': ['os.system', 'ls']}]}, 'no expression'), ({'knockouts': [{}]}, 'is no policy'),
+    ({'knockouts': [RULE, RULE]}, "the name 'x' stands more than once"), ({'knockouts': [RULE | {'decision': 'approve'}]}, "'approve' is not one of"),
+    ({'knockouts': [RULE | {'when': ['number', 1]}]}, 'knock-out x reads no column'), ({'knockouts': 'all'}, 'is no policy'),
+    ({'amount': 3}, 'amount must be text'),
 ])
 def test_a_broken_policy_file_is_refused_in_words(change, message):
     with pytest.raises(RiskError) as error:

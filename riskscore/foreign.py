@@ -60,7 +60,7 @@ def _must(holds:Any, what:str)->None:
 _NODES = ('left_children', 'right_children', 'parents', 'split_indices', 'split_type', 'default_left', 'split_conditions', 'base_weights',
           'loss_changes', 'sum_hessian')
 
-# %% ../nbs/06_foreign.ipynb #291925f8
+# %% ../nbs/06_foreign.ipynb #7239f48a
 def _check_tree(tree:Mapping[str, Any], width:int)->None:
     "Arrays of one length; children after their parents; features and categories that exist."
     left, right, parents, feature, kind, *others = (np.array(tree[name]) for name in _NODES)
@@ -71,6 +71,7 @@ def _check_tree(tree:Mapping[str, Any], width:int)->None:
     children = np.concatenate([left[inner], right[inner]])
     _must((right[~inner] == -1).all() and (children > np.tile(own[inner], 2)).all() and (children < size).all(), 'a tree has no end')
     _must(len(np.unique(children)) == len(children) and (parents[children] == np.tile(own[inner], 2)).all(), 'a branch has two parents')
+    _must(all((np.abs(a) < 3e38).all() for a in others) and (others[-1] >= 0).all(), 'a tree holds what float32 cannot')
     _must(((feature >= 0) & (feature < width)).all() and np.isin(kind, (0, 1)).all(), 'a split names no feature')
     about = {name: str(value) for name, value in tree['tree_param'].items()}
     _must(about['num_nodes'] == str(size) and about['size_leaf_vector'] in ('0', '1') and about['num_feature'] == str(width), 'a tree miscounts itself')
@@ -103,7 +104,7 @@ def _check_xgboost(found:Mapping[str, Any])->list[str]:
         _check_tree(tree, width)
     return list(types)
 
-# %% ../nbs/06_foreign.ipynb #b30f83ba
+# %% ../nbs/06_foreign.ipynb #d39a0431
 class XGBoostTrees:
     "Trees grown by XGBoost."
 
@@ -147,7 +148,10 @@ class XGBoostTrees:
         if not len(features):
             return np.empty((0, self.width + 1))
         table = self._library.DMatrix(features, feature_types=self._types, enable_categorical=True, nthread=threads)
-        parts = self.booster.predict(table, pred_contribs=True).astype(np.float64)
+        try:
+            parts = self.booster.predict(table, pred_contribs=True).astype(np.float64)
+        except self._library.core.XGBoostError as error: # covers of nodes that make no sense
+            raise _refused(self.family, str(error).partition('\n')[0]) from error
         parts[:, -1] = self.margin(features, threads) - parts[:, :-1].sum(axis=1)
         return parts
 

@@ -22,7 +22,7 @@ from .network import Network, level_rows, read_numbers, scores_and_indicators, t
 from .ranking import auc
 from .split import Folds
 
-# %% ../nbs/28_network_family.ipynb #1da00b2a
+# %% ../nbs/28_network_family.ipynb #30378c90
 class NetworkFamily(Family):
     "A multilayer perceptron with embeddings."
 
@@ -30,7 +30,7 @@ class NetworkFamily(Family):
     monotone = False # directions of the contract are not kept
 
     def __init__(self)->None:
-        self.history: list[list[dict[str, float]]] = [] # of each fold that learnt last: epoch, loss, check_loss, check_auc
+        self.history: list[dict[str, list[float]]] = [] # of each fold that learnt last, epoch by epoch: train_loss, check_loss, check_auc
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."
@@ -144,7 +144,7 @@ def _margins(torch:Any, weights:list[Any], scores:Any, rows:Any, drop:tuple[floa
         h = f.dropout(h, drop[1]) if drop[1] else h
     return f.linear(h, layers[-2], layers[-1])[:, 0]
 
-# %% ../nbs/28_network_family.ipynb #db43fe1f
+# %% ../nbs/28_network_family.ipynb #8a770714
 class _Learner:
     "The network of one fold."
 
@@ -152,7 +152,7 @@ class _Learner:
                  params:Mapping[str, Any], seed:int, threads:int):
         self.chosen = _chosen(family, params, len(learn), len(data.names))
         self.data, self.learn, self.check, self.seed, self.threads = data, learn, check, seed, threads
-        self.history: list[dict[str, float]] = []
+        self.history: dict[str, list[float]] = {'train_loss': [], 'check_loss': [], 'check_auc': []}
         self.steps = 0
         self.inputs: Any = None # these come with the first epoch
         self.parts: list[Any] = []
@@ -173,7 +173,7 @@ class _Learner:
             self.state = torch.get_rng_state()
             if not np.isfinite(total):
                 raise RiskError('The network has lost its way: its loss is no number. Choose a smaller learning rate.')
-            self.history.append({'epoch': len(self.history) + 1, 'loss': total / len(self.learn)})
+            self.history['train_loss'].append(total / len(self.learn))
 
     def _step(self, torch:Any, scores:Any, rows:Any, bad:Any)->float:
         "One step of AdamW, and of the moving average."
@@ -195,7 +195,8 @@ class _Learner:
             scores, rows, bad = self.parts[1]
             margins = _margins(torch, self.mean, scores, rows)
             found, loss = margins.numpy().astype(np.float64), float(_loss(torch, margins, bad, self.chosen))
-        self.history[-1] |= {'check_loss': loss, 'check_auc': auc(bad.numpy(), found)}
+        self.history['check_loss'].append(loss)
+        self.history['check_auc'].append(auc(bad.numpy(), found))
         return found
 
     def file(self)->bytes:

@@ -214,6 +214,7 @@ def trees(found):
     lambda f: trees(f)[0]['split_conditions'].pop(), lambda f: trees(f)[0].__setitem__('left_children', []),
     lambda f: trees(f)[0]['split_type'].__setitem__(0, 1), lambda f: trees(f)[0].__setitem__('categories_nodes', [10**9]),
     lambda f: trees(f)[0]['tree_param'].__setitem__('num_nodes', '1000000'), lambda f: trees(f).pop(),
+    lambda f: trees(f)[0]['sum_hessian'].__setitem__(0, -1.0), lambda f: trees(f)[0]['base_weights'].__setitem__(0, 1e300),
     lambda f: f['learner']['learner_model_param'].__setitem__('num_feature', '2'),
     lambda f: f['learner']['learner_model_param'].__setitem__('num_class', '3'),
     lambda f: f['learner']['gradient_booster'].__setitem__('name', 'dart'), lambda f: f['learner']['objective'].__setitem__('name', 'reg:squarederror'),
@@ -262,9 +263,9 @@ def test_the_network_records_its_curves_and_leaves_torch_as_it_was(data):
     before, family = torch.get_rng_state().clone(), NetworkFamily()
     cross_validate(family, data, cv_folds(data.target, CONTRACT.cv), params_of('network', data), max_rounds=3 * EVERY)
     assert torch.equal(torch.get_rng_state(), before)
-    assert [[point['epoch'] for point in fold] for fold in family.history] == [[1, 2, 3]] * 5
-    assert {key for fold in family.history for point in fold for key in point} == {'epoch', 'loss', 'check_loss', 'check_auc'}
-    assert all(fold[-1]['loss'] < fold[0]['loss'] for fold in family.history)
+    assert [list(fold) for fold in family.history] == [['train_loss', 'check_loss', 'check_auc']] * 5
+    assert {len(values) for fold in family.history for values in fold.values()} == {3}
+    assert all(fold['train_loss'][-1] < fold['train_loss'][0] for fold in family.history)
 
 
 def test_class_weights_move_the_margin(data):

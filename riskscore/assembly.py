@@ -23,7 +23,7 @@ from .reasons import Reasons, fit_reasons
 from .recourse import fit_recourse
 from .scorecard import with_points
 
-# %% ../nbs/30_assembly.ipynb #a9493bf1
+# %% ../nbs/30_assembly.ipynb #b7f3d62c
 @dataclass(frozen=True)
 class Assembled:
     "The parts of a bundle that are learnt after the model."
@@ -38,7 +38,7 @@ class Assembled:
     pd: npt.NDArray[np.float64] # (k,) their calibrated pds, out of fold
     amount: npt.NDArray[np.float64] # (k,) their amounts
 
-
+# %% ../nbs/30_assembly.ipynb #b0b766f6
 def assemble(
     contract:Contract, # value matrix, groups and words of reasons, what is mutable
     plan:FeaturePlan, # features of the model

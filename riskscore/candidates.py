@@ -50,7 +50,7 @@ def family(
         raise RiskError(f'The family {name} needs {error.name}, which is not installed: pip install -c constraints.txt -e ".[{extra}]", '
                         'or take the candidate out of env.yaml.') from error
 
-# %% ../nbs/29_candidates.ipynb #7c2add43
+# %% ../nbs/29_candidates.ipynb #3560d26b
 @dataclass(frozen=True)
 class Candidate:
     "A family with hyperparameters."
@@ -60,7 +60,7 @@ class Candidate:
     fixed: Mapping[str, Any] # over the family's defaults
     search: Mapping[str, Any] | None # search space; None for the family's own
 
-
+# %% ../nbs/29_candidates.ipynb #5e047048
 def load_candidates(
     folder:str|Path, # where the YAML files are
     names:str|Sequence[str], # candidates, as a list or with commas between them
@@ -93,7 +93,7 @@ def _read(path:Path, name:str)->Candidate:
         check_space(kind, content['search'])
     return Candidate(name, kind, content.get('fixed') or {}, content.get('search'))
 
-# %% ../nbs/29_candidates.ipynb #ff274aef
+# %% ../nbs/29_candidates.ipynb #7a73e30a
 @dataclass
 class Cost:
     "What one training and one answer take."
@@ -102,7 +102,7 @@ class Cost:
     megabytes: float = 0.0 # above what the process held before
     microseconds: float = 0.0 # of the margin of one application
 
-
+# %% ../nbs/29_candidates.ipynb #1dd6a04d
 @contextmanager
 def _metered()->Iterator[Cost]:
     "Measures the time and the memory of what is done inside."
@@ -238,19 +238,17 @@ def leaderboard(
                      'seconds': entry.cost.seconds, 'megabytes': entry.cost.megabytes, 'microseconds': entry.cost.microseconds})
     return {name: [row[name] for row in rows] for name in rows[0]}
 
-# %% ../nbs/29_candidates.ipynb #1a8c31b5
+# %% ../nbs/29_candidates.ipynb #869aca93
 def leaderboard_words(
     table:Mapping[str, Sequence[Any]], # what leaderboard gave
     by:str, # metric that decided
-    robust:bool=False, # as in compare
 )->dict[str, list[str]]: # the same for a reader
     "The leaderboard in words."
     decided, columns = METRICS[by], dict[str, list[str]]()
     columns['candidate'] = [f'{n} (tuned)' if t else str(n) for n, t in zip(table['candidate'], table['tuned'], strict=True)]
-    if by != 'auc' or robust:
-        spread = zip(table['mean'], table['deviation'], strict=True)
-        columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.3f} ± {d:.3f}' for m, d in spread]
-    columns['AUC, 95% interval'] = [f'{v:.4f} ({a:.4f} to {b:.4f})' for v, a, b in zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)]
+    spread = zip(table['mean'], table['deviation'], strict=True)
+    columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.4f} ± {d:.4f}' for m, d in spread]
+    columns['AUC of all, 95% interval'] = [f'{v:.4f} ({a:.4f} to {b:.4f})' for v, a, b in zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)]
     columns['AUC behind the first, 95% interval'] = ['' if a is None else f'{v:+.4f} ({a:+.4f} to {b:+.4f})'.replace('-', '−') for v, a, b in zip(
         table['behind'], table['behind_low'], table['behind_high'], strict=True)]
     columns['training'] = [f'{v:.1f} s' for v in table['seconds']]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['model_card', 'card_body', 'card_page']
 
-# %% ../nbs/45_card.ipynb #2d3e12e2
+# %% ../nbs/45_card.ipynb #eb559f81
 import html
 import platform
 from collections.abc import Callable, Iterable, Mapping
@@ -14,6 +14,7 @@ from typing import Any
 import mistune
 
 from .bundle import Scorer
+from .contract import DECISIONS
 from .exporter import PAGE_CSS
 from .metrics import metric_table
 from .reports import FRAGMENT_CSS
@@ -46,10 +47,10 @@ def _purpose(scorer:Scorer, evidence:_Evidence)->str:
             'It is meant for applications of the same kind, from the same channels and with the same products as its history. It is not meant for other products or countries, for customers who have a loan '
             'already, for setting prices, or for deciding without a person whom an applicant can ask. Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
 
-# %% ../nbs/45_card.ipynb #4a83229d
+# %% ../nbs/45_card.ipynb #c8d76892
 def _data(scorer:Scorer, evidence:_Evidence)->str:
     "What it learnt from."
-    parts = evidence.get('split') or {}
+    parts = dict(sorted((evidence.get('split') or {}).items(), reverse=True)) # history, then future
     rows = {'part': [], 'applications': [], 'bad': [], 'bad rate': [], 'from': [], 'to': []} # type: dict[str, list[Any]]
     for name, part in parts.items():
         for key, value in (('part', name), ('applications', f"{part['rows']:,}"), ('bad', f"{part['bad']:,}"), ('bad rate', f"{part['bad_rate']:.2%}"),
@@ -62,13 +63,18 @@ def _data(scorer:Scorer, evidence:_Evidence)->str:
     return (f'{_table(rows) if parts else "The split was not recorded."}\n\nThe model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n'
             f'- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
 
-# %% ../nbs/45_card.ipynb #aebed335
+# %% ../nbs/45_card.ipynb #b44eb8f7
+_MAIN = [k + end for k in ('rows', 'bad', 'bad_rate', 'pd_mean', 'auc', 'gini', 'ks', 'pr_auc', 'brier', 'log_loss', 'ece', 'ece_noise', 'calibration_slope',
+                          'calibration_intercept', 'recall_0', 'recall_1') for end in ('', '_low', '_high')]
+
+
 def _performance(scorer:Scorer, evidence:_Evidence)->str:
     "How good it is."
     samples = evidence.get('samples')
     if not samples:
         return 'It was not evaluated.'
-    words = metric_table(samples)
+    order = sorted(samples, key=lambda name: name == 'future')
+    words = metric_table({name: {key: samples[name].get(key) for key in _MAIN if key in samples[name]} for name in order})
     board = evidence.get('leaderboard')
     rivals = ''
     if board:
@@ -77,14 +83,15 @@ def _performance(scorer:Scorer, evidence:_Evidence)->str:
             {'candidate': board['candidate'], 'AUC': [f'{v:.4f}' for v in board['auc']], 'champion ahead by': gaps})
     return f'Intervals are 95%. History is out of fold: each application was scored by a model that had not seen it. The future was seen by no model.\n\n{_table(words)}{rivals}'
 
-# %% ../nbs/45_card.ipynb #3ab721be
+# %% ../nbs/45_card.ipynb #8fb4433b
 def _decisions(scorer:Scorer, evidence:_Evidence)->str:
     "What it decides."
     policy = scorer.policy
-    rules = _table({'rule': [r['name'] for r in policy.to_dict()['knockouts']], 'when': [f"`{r['when']}`" for r in policy.to_dict()['knockouts']],
-                    'decision': [r['decision'] for r in policy.to_dict()['knockouts']]}) if policy.knockouts else 'There are no knock-out rules.'
-    money = _table({'decision': list(policy.value), 'a good application': [v['good'] for v in policy.value.values()], 'a bad application': [v['bad'] for v in policy.value.values()],
-                    'fixed': [v.get('fixed', 0.0) for v in policy.value.values()]})
+    rules = _table({'rule': [r['name'] for r in policy.knockouts], 'when': [f"`{r.get('text', r['name'])}`" for r in policy.knockouts],
+                    'decision': [r['decision'] for r in policy.knockouts]}) if policy.knockouts else 'There are no knock-out rules.'
+    worth = {name: policy.value[name] for name in DECISIONS}
+    money = _table({'decision': list(worth), 'a good application': [v['good'] for v in worth.values()], 'a bad application': [v['bad'] for v in worth.values()],
+                    'fixed': [v.get('fixed', 0.0) for v in worth.values()]})
     per = f'Per unit of `{html.escape(policy.amount)}`' if policy.amount else 'Per application'
     told = evidence.get('reasons') or {}
     reasons = told.get('verdict') or 'Whether the stated reasons are faithful was not measured.'

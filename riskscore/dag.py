@@ -380,11 +380,11 @@ def _raise(failures:BuildExceptionsCollector)->None:
         early = any(isinstance(failure.obj, DAGBuildEarlyStop) for failure in failures)
         raise (DAGBuildEarlyStop if early else DAGBuildError)(str(failures))
 
-# %% ../nbs/50_dag.ipynb #b5656bf7
+# %% ../nbs/50_dag.ipynb #b82dc25a
 def _summary(tasks:Iterable[Any], ran:int, seconds:float)->None:
     "Say what was done, where the reports are, and the champion's headline."
     products = [pair for task in tasks for pair in _paths(task.product)]
-    reports = sorted({path.parent for key, path in products if path.suffix == '.html'})
+    reports = sorted({path.parent for key, path in products if key == 'nb'})
     _say(f'{ran} run in {seconds:.1f} s, {len(list(tasks)) - ran} up to date')
     if reports:
         _say(f"Reports: {listing([os.path.relpath(folder) for folder in reports])}")

@@ -131,7 +131,7 @@ def _limits(contract:Contract, name:str)->tuple[float, float]:
     highs = [v for v in (column.range[1], column.hard[1]) if v is not None]
     return max(lows, default=-math.inf), min(highs, default=math.inf)
 
-# %% ../nbs/25_monotone.ipynb #8f989f24
+# %% ../nbs/25_monotone.ipynb #7f1c4e7f
 @dataclass(frozen=True)
 class Constrained:
     "A plan that can keep its promises."
@@ -140,7 +140,7 @@ class Constrained:
     directions: dict[str, int] # feature to 1 (the pd may not fall when it rises) or -1 (may not rise); others are free
     dropped: dict[str, list[str]] # feature that was left out, and the monotone columns it reads
 
-
+# %% ../nbs/25_monotone.ipynb #d055f8bd
 def constrain(
     contract:Contract, # which columns are monotone
     plan:FeaturePlan, # fitted features

@@ -5,8 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Candidate', 'load_candidates', 'Cost', 'Entry', 'compare', 'leaderboard', 'leaderboard_words']
 
-# %% ../nbs/29_candidates.ipynb #f96a65bd
-import importlib
+# %% ../nbs/29_candidates.ipynb #b88f338d
 import os
 import threading
 import time
@@ -19,22 +18,24 @@ from typing import Any
 import numpy as np
 import yaml
 
+from .boosting import LightGBM
 from .core import RiskError, suggest
+from .forest import Forest
+from .logistic import Logistic
 from .matrix import Prepared
 from .metrics import METRICS
 from .models import CrossValidation, Family, cross_validate
+from .network_family import NetworkFamily
 from .predictors import Predictor
 from .ranking import auc_difference, auc_interval
+from .rivals import CatBoost, XGBoost
+from .scorecard import Scorecard
 from .split import Folds
 from .tuning import Trial, check_space, fold_scores, merit, search
 
-# %% ../nbs/29_candidates.ipynb #8f5477eb
-FAMILIES = {
-    'lightgbm': ('riskscore.boosting', 'LightGBM', ''), 'logistic': ('riskscore.logistic', 'Logistic', ''),
-    'scorecard': ('riskscore.scorecard', 'Scorecard', ''), 'forest': ('riskscore.forest', 'Forest', ''),
-    'xgboost': ('riskscore.rivals', 'XGBoost', 'models'), 'catboost': ('riskscore.rivals', 'CatBoost', 'models'),
-    'network': ('riskscore.network_family', 'NetworkFamily', 'torch'),
-}
+# %% ../nbs/29_candidates.ipynb #06423817
+FAMILIES: dict[str, Callable[[], Family]] = {'lightgbm': LightGBM, 'logistic': Logistic, 'scorecard': Scorecard, 'forest': Forest,
+                                             'xgboost': XGBoost, 'catboost': CatBoost, 'network': NetworkFamily}
 
 
 def family(
@@ -43,12 +44,7 @@ def family(
     "A model family by name."
     if name not in FAMILIES:
         raise RiskError(f"There is no model family '{name}'; choose one of {', '.join(FAMILIES)}.{suggest(name, FAMILIES)}")
-    module, cls, extra = FAMILIES[name]
-    try:
-        return getattr(importlib.import_module(module), cls)()
-    except ImportError as error:
-        raise RiskError(f'The family {name} needs {error.name}, which is not installed: pip install -c constraints.txt -e ".[{extra}]", '
-                        'or take the candidate out of env.yaml.') from error
+    return FAMILIES[name]()
 
 # %% ../nbs/29_candidates.ipynb #3560d26b
 @dataclass(frozen=True)

@@ -84,6 +84,10 @@ def contents(draw, derived: int = 3, kinds: tuple[str, ...] = ()):
     numbers = [n for n, c in table.items() if c['kind'] in ('number', 'integer', 'flag') and c['role'] not in ('target', 'leak')]
     dates = [n for n, c in table.items() if c['kind'] == 'date' and c['role'] != 'leak']
     categories = {n: c.get('levels') or LEVELS for n, c in table.items() if c['kind'] == 'category' and c['role'] not in ('target', 'leak')}
+    for settings in (c for c in table.values() if c['role'] == 'feature'):
+        ordered = settings['kind'] != 'category'
+        directions = {'mutable': ['up', 'down', 'any'] if ordered else ['any'], 'monotone': ['up', 'down'] if ordered else []}
+        settings |= {key: value for key, options in directions.items() if (value := draw(st.sampled_from([None, *options])))}
     features = {}
     for i in range(draw(st.integers(0, derived))):
         tree = draw(trees(numbers, categories, dates).filter(lambda t: len(text(t)) <= 2000))

@@ -47,7 +47,7 @@ def _settings(data:Prepared, params:Mapping[str, Any], seed:int, threads:int)->d
     bound = {'monotone_constraints': list(data.directions), 'monotone_constraints_method': 'advanced'} if any(data.directions) else {}
     return {**_FIXED, **DATASET_PARAMS, **bound, 'seed': seed, 'num_threads': threads, **params}
 
-# %% ../nbs/27_boosting.ipynb #0413bc1b
+# %% ../nbs/27_boosting.ipynb #9eb9c948
 class _Boost:
     "LightGBM in one fold."
 
@@ -59,18 +59,24 @@ class _Boost:
         for _ in range(EVERY):
             self.booster.update() # true when it found no split, which the next sample of features may change
         seen: list[npt.NDArray[np.float64]] = []
-        self.booster.eval_valid(lambda pd, _: (seen.append(np.array(pd)), ('', 0.0, True))[1])
+
+        def look(pd: npt.NDArray[np.float64], _: lgb.Dataset) -> tuple[str, float, bool]:
+            seen.append(np.array(pd))
+            return '', 0.0, True
+
+        self.booster.eval_valid(look)
         return np.log(seen[0] / (1 - seen[0]))
 
-# %% ../nbs/27_boosting.ipynb #bda48f67
+# %% ../nbs/27_boosting.ipynb #fb2c0e44
 def _fold_data(data:Prepared, folds:Folds, threads:int)->list[tuple[lgb.Dataset, lgb.Dataset]]:
     "Rows to learn from and to predict, binned; the same objects as long as the folds are the same."
     kept = data.memo.get('lightgbm')
     if kept is None or kept[0] is not folds:
         whole = data.open(threads)
-        parts = [tuple(whole.subset(rows.tolist(), DATASET_PARAMS | {'num_threads': threads}).construct() for rows in fold) for fold in folds]
+        settings = DATASET_PARAMS | {'num_threads': threads}
+        parts = [(whole.subset(learn.tolist(), settings).construct(), whole.subset(check.tolist(), settings).construct()) for learn, check in folds]
         kept = data.memo['lightgbm'] = (folds, parts)
-    return kept[1]
+    return list(kept[1])
 
 # %% ../nbs/27_boosting.ipynb #4553ab41
 class LightGBM(Family):

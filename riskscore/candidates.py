@@ -158,7 +158,7 @@ class Entry:
         kept = {name: np.mean([history[name][:looks] for history in histories], axis=0).tolist() for name in (histories[0] if histories else ())}
         return {'cv_auc': self.cv.curve.mean(axis=1).tolist(), **{f'cv_{name}': values for name, values in kept.items()}}
 
-# %% ../nbs/29_candidates.ipynb #4e6a5151
+# %% ../nbs/29_candidates.ipynb #38a88aef
 def compare(
     candidates:Sequence[Candidate], # what load_candidates gave
     data:Prepared, # features of history
@@ -178,7 +178,8 @@ def compare(
     "Cross-validates candidates, searches, and puts them in order."
     if tune not in ('winner', 'all', 'none'):
         raise RiskError(f"tune must be winner, all or none, got {tune!r}.{suggest(tune, ('winner', 'all', 'none'))}")
-    rule, settings = {'by': by, 'cut': cut}, {'seed': seed, 'threads': threads}
+    rule: dict[str, Any] = {'by': by, 'cut': cut}
+    settings: dict[str, Any] = {'seed': seed, 'threads': threads}
     entries = []
     for candidate in candidates:
         entries.append(_tried(candidate, data, folds, rule, settings))

@@ -32,7 +32,7 @@ def _table(columns:Mapping[str, Iterable[Any]])->str:
     lines = [list(columns), ['---'] * len(columns), *([_cell(v) for v in row] for row in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/45_card.ipynb #e5d7b290
+# %% ../nbs/45_card.ipynb #7f7e2f28
 _Evidence = Mapping[str, Any] # name of a task's result to its content
 
 
@@ -41,29 +41,34 @@ def _purpose(scorer:Scorer, evidence:_Evidence)->str:
     contract, about = scorer.contract, scorer.metadata
     target = contract.target
     meaning = f' ({target.note})' if target and target.note else ''
-    return (f"This model estimates, for an application described by the contract **{html.escape(contract.title or contract.name)}**, the probability of default: that "
-            f"`{html.escape(target.name if target else 'the outcome')}` takes its bad value{html.escape(meaning)}. It supports a decision to approve, refer or decline. It was chosen among "
-            f"{len(evidence.get('leaderboard', {}).get('candidate', [1]))} candidates and belongs to the family *{about.get('family', 'unknown')}*.\n\n"
-            'It is meant for applications of the same kind, from the same channels and with the same products as its history. It is not meant for other products or countries, for customers who have a loan '
-            'already, for setting prices, or for deciding without a person whom an applicant can ask. Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
+    rivals = len(evidence.get('leaderboard', {}).get('candidate', [1]))
+    return (f'This model estimates, for an application described by the contract **{html.escape(contract.title or contract.name)}**, the probability '
+            f"of default: that `{html.escape(target.name if target else 'the outcome')}` takes its bad value{html.escape(meaning)}. It supports a decision "
+            f"to approve, refer or decline. It was chosen among {rivals} candidates and belongs to the family *{about.get('family', 'unknown')}*.\n\n"
+            'It is meant for applications of the same kind, from the same channels and with the same products as its history. It is not meant for other '
+            'products or countries, for customers who have a loan already, for setting prices, or for deciding without a person whom an applicant can ask. '
+            'Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
 
-# %% ../nbs/45_card.ipynb #c8d76892
+# %% ../nbs/45_card.ipynb #8375a16f
+_ROLE_WORDS = {'protected': 'Protected, never a feature, measured for fairness', 'leak': 'Known only after the decision, never a feature',
+               'excluded': 'Left out for other reasons'}
+
+
 def _data(scorer:Scorer, evidence:_Evidence)->str:
     "What it learnt from."
     parts = dict(sorted((evidence.get('split') or {}).items(), reverse=True)) # history, then future
-    rows = {'part': [], 'applications': [], 'bad': [], 'bad rate': [], 'from': [], 'to': []} # type: dict[str, list[Any]]
+    rows: dict[str, list[Any]] = {name: [] for name in ('part', 'applications', 'bad', 'bad rate', 'from', 'to')}
     for name, part in parts.items():
-        for key, value in (('part', name), ('applications', f"{part['rows']:,}"), ('bad', f"{part['bad']:,}"), ('bad rate', f"{part['bad_rate']:.2%}"),
-                           ('from', part['first']), ('to', part['last'])):
-            rows[key].append(value)
-    by_role = {role: [c.name for c in scorer.contract.columns.values() if c.role == role] for role in ('protected', 'leak', 'excluded')}
-    left = '\n'.join(f'- {what}: {", ".join(f"`{html.escape(n)}`" for n in by_role[role]) or "none"}.' for role, what in (
-        ('protected', 'Protected, never a feature, measured for fairness'), ('leak', 'Known only after the decision, never a feature'), ('excluded', 'Left out for other reasons')))
+        cells = (name, f"{part['rows']:,}", f"{part['bad']:,}", f"{part['bad_rate']:.2%}", part['first'], part['last'])
+        for column, value in zip(rows.values(), cells, strict=True):
+            column.append(value)
+    by_role = {role: [c.name for c in scorer.contract.columns.values() if c.role == role] for role in _ROLE_WORDS}
+    left = '\n'.join(f'- {what}: {", ".join(f"`{html.escape(n)}`" for n in by_role[role]) or "none"}.' for role, what in _ROLE_WORDS.items())
     bound = [f'`{html.escape(c.name)}` ({c.monotone})' for c in scorer.contract.columns.values() if c.monotone]
-    return (f'{_table(rows) if parts else "The split was not recorded."}\n\nThe model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n'
-            f'- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
+    return (f'{_table(rows) if parts else "The split was not recorded."}\n\n'
+            f'The model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
 
-# %% ../nbs/45_card.ipynb #b44eb8f7
+# %% ../nbs/45_card.ipynb #58a60f88
 _MAIN = [k + end for k in ('rows', 'bad', 'bad_rate', 'pd_mean', 'auc', 'gini', 'ks', 'pr_auc', 'brier', 'log_loss', 'ece', 'ece_noise', 'calibration_slope',
                           'calibration_intercept', 'recall_0', 'recall_1') for end in ('', '_low', '_high')]
 
@@ -78,24 +83,27 @@ def _performance(scorer:Scorer, evidence:_Evidence)->str:
     board = evidence.get('leaderboard')
     rivals = ''
     if board:
-        gaps = [f'{v:+.4f} ({a:+.4f} to {b:+.4f})' if a is not None else 'the champion' for v, a, b in zip(board['behind'], board['behind_low'], board['behind_high'], strict=True)]
+        gaps = [f'{v:+.4f} ({a:+.4f} to {b:+.4f})' if a is not None else 'the champion'
+                for v, a, b in zip(board['behind'], board['behind_low'], board['behind_high'], strict=True)]
         rivals = '\n\nCandidates, on the same folds of history; how far the champion is ahead in AUC, with its 95% interval:\n\n' + _table(
             {'candidate': board['candidate'], 'AUC': [f'{v:.4f}' for v in board['auc']], 'champion ahead by': gaps})
-    return f'Intervals are 95%. History is out of fold: each application was scored by a model that had not seen it. The future was seen by no model.\n\n{_table(words)}{rivals}'
+    return ('Intervals are 95%. History is out of fold: each application was scored by a model that had not seen it. The future was seen by no model.'
+            f'\n\n{_table(words)}{rivals}')
 
-# %% ../nbs/45_card.ipynb #8fb4433b
+# %% ../nbs/45_card.ipynb #5cc8745f
 def _decisions(scorer:Scorer, evidence:_Evidence)->str:
     "What it decides."
     policy = scorer.policy
     rules = _table({'rule': [r['name'] for r in policy.knockouts], 'when': [f"`{r.get('text', r['name'])}`" for r in policy.knockouts],
                     'decision': [r['decision'] for r in policy.knockouts]}) if policy.knockouts else 'There are no knock-out rules.'
     worth = {name: policy.value[name] for name in DECISIONS}
-    money = _table({'decision': list(worth), 'a good application': [v['good'] for v in worth.values()], 'a bad application': [v['bad'] for v in worth.values()],
-                    'fixed': [v.get('fixed', 0.0) for v in worth.values()]})
+    parts = {'a good application': 'good', 'a bad application': 'bad', 'fixed': 'fixed'}
+    money = _table({'decision': list(worth), **{title: [v.get(key, 0.0) for v in worth.values()] for title, key in parts.items()}})
     per = f'Per unit of `{html.escape(policy.amount)}`' if policy.amount else 'Per application'
     told = evidence.get('reasons') or {}
     reasons = told.get('verdict') or 'Whether the stated reasons are faithful was not measured.'
-    return (f'Approve below a pd of {policy.approve_below:.2%}, decline from {policy.decline_from:.2%}, refer between. The cut-offs are those of the highest expected value on history.\n\n'
+    return (f'Approve below a pd of {policy.approve_below:.2%}, decline from {policy.decline_from:.2%}, refer between. '
+            'The cut-offs are those of the highest expected value on history.\n\n'
             f'{per}, in {html.escape(policy.currency or "money")}, a decision is taken to be worth:\n\n{money}\n\n{rules}\n\n{html.escape(reasons)}')
 
 # %% ../nbs/45_card.ipynb #3e4fdbe3
@@ -105,15 +113,17 @@ def _fairness(scorer:Scorer, evidence:_Evidence)->str:
     missing = ['Groups were not compared.', 'Segments were not compared.']
     return '\n\n'.join(html.escape(text or other) for text, other in zip(found, missing, strict=True))
 
-# %% ../nbs/45_card.ipynb #c3d817c4
+# %% ../nbs/45_card.ipynb #08af29a0
 _LIMITS: list[tuple[Callable[[Scorer, _Evidence], bool], str]] = [
     (lambda s, e: bool(e.get('synthetic')), 'It was trained on **synthetic** applicants: it must not decide on a person.'),
     (lambda s, e: s.contract.time is None, 'The applications have no dates: whether it stays good over time was not tested.'),
     (lambda s, e: _sample(e)['bad'] < 300, 'The future holds fewer than 300 bads: its figures are wide, read the intervals.'),
-    (lambda s, e: not 0.9 <= (_sample(e)['calibration_slope'] or 0) <= 1.1, 'On the future the calibration slope lies outside 0.9 to 1.1: probabilities are too extreme or too timid.'),
+    (lambda s, e: not 0.9 <= (_sample(e)['calibration_slope'] or 0) <= 1.1,
+     'On the future the calibration slope lies outside 0.9 to 1.1: probabilities are too extreme or too timid.'),
     (lambda s, e: _sample(e)['ece'] > 2 * _sample(e)['ece_noise'], 'Stated probabilities of the future are off by more than twice what chance explains.'),
     (lambda s, e: bool((e.get('segments') or {}).get('red_grades')), 'Some grades do not come true; see the report on segments.'),
-    (lambda s, e: ((e.get('fairness') or {}).get('worst_ratio') or {}).get('value', 1) < 0.8, 'A group is approved less than four fifths as often as another: justify it or change it before use.'),
+    (lambda s, e: ((e.get('fairness') or {}).get('worst_ratio') or {}).get('value', 1) < 0.8,
+     'A group is approved less than four fifths as often as another: justify it or change it before use.'),
     (lambda s, e: bool(e.get('rejects')), 'Outcomes are known of approved applications only; the report on rejects shows how much that may hide.'),
     (lambda s, e: True, 'The value matrix decides the cut-offs. It is an assumption of the contract: have it confirmed.'),
 ]
@@ -121,20 +131,22 @@ _LIMITS: list[tuple[Callable[[Scorer, _Evidence], bool], str]] = [
 
 def _limits(scorer:Scorer, evidence:_Evidence)->str:
     "What is known to be weak."
-    holds = [text for condition, text in _LIMITS if ('samples' in evidence or '_sample' not in condition.__code__.co_names) and condition(scorer, evidence)]
-    return '\n'.join(f'- {text}' for text in holds)
+    if 'samples' not in evidence:
+        return '- It was not evaluated: nothing can be said of its limits, and it must not be used.'
+    return '\n'.join(f'- {text}' for condition, text in _LIMITS if condition(scorer, evidence))
 
 # %% ../nbs/45_card.ipynb #e99eae29
 def _sample(evidence:_Evidence)->Mapping[str, Any]:
     "Figures of the future."
     return evidence['samples']['future']
 
-# %% ../nbs/45_card.ipynb #1540804a
+# %% ../nbs/45_card.ipynb #60dcdd8c
 def _origin(scorer:Scorer, evidence:_Evidence)->str:
     "What exactly it was made of."
     about = scorer.metadata
-    facts = {'model version': scorer.version, 'policy version': scorer.policy.version, 'history (SHA-256)': about.get('history'), 'contract (SHA-256)': scorer.contract.digest,
-             'code of the training (SHA-256)': about.get('code'), 'seed': about.get('seed'), 'candidate': about.get('candidate'), 'rounds': about.get('rounds'),
+    facts = {'model version': scorer.version, 'policy version': scorer.policy.version, 'history (SHA-256)': about.get('history'),
+             'contract (SHA-256)': scorer.contract.digest, 'code of the training (SHA-256)': about.get('code'),
+             **{name: about.get(name) for name in ('seed', 'candidate', 'rounds')},
              **{f'parameter {k}': v for k, v in about.get('params', {}).items()}, 'Python': platform.python_version(), **about.get('libraries', {})}
     return _table({'what': list(facts), 'value': [str(v) for v in facts.values()]})
 
@@ -161,10 +173,11 @@ def card_body(
     body = str(mistune.create_markdown(escape=True, plugins=['table'])(card))
     return body.replace('<table>', '<div class="rs-scroll"><table class="rs-table">').replace('</table>', '</table></div>')
 
-# %% ../nbs/45_card.ipynb #a1f68bdd
+# %% ../nbs/45_card.ipynb #d087d74d
 def card_page(
     card:str, # Markdown, as model_card gives it
 )->str: # a whole HTML page that needs nothing else
     "The card for a browser."
     return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">'
-            f'<title>Model card</title><style>{PAGE_CSS}{FRAGMENT_CSS}</style></head>\n<body><div class="sheet"><main>{card_body(card)}</main></div></body></html>\n')
+            f'<title>Model card</title><style>{PAGE_CSS}{FRAGMENT_CSS}</style></head>\n'
+            f'<body><div class="sheet"><main>{card_body(card)}</main></div></body></html>\n')

@@ -158,7 +158,7 @@ def _open_study(path:str|Path|None, job:'_Job')->optuna.Study:
         reason = str(error).strip().partition('\n')[0]
         raise RiskError(f'The file of searches {path} cannot be used: {reason}. Delete it: it only saves time.') from error
 
-# %% ../nbs/28_tuning.ipynb #a33fe13c
+# %% ../nbs/28_tuning.ipynb #0d504738
 @dataclass
 class _Job:
     "What the trials of a search share."
@@ -181,8 +181,8 @@ class _Job:
         "Trials that are on disk, then new ones."
         pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=150 if self.family.steps else 1)
         study = optuna.create_study(direction='maximize', pruner=pruner)
-        for trial in [t for t in kept.trials if t.state.is_finished()][:n_trials]:
-            study.add_trial(trial)
+        for done in [t for t in kept.trials if t.state.is_finished()][:n_trials]:
+            study.add_trial(done)
             _file(self, study.trials[-1])
         if not study.trials:
             study.enqueue_trial({name: _nearest(domain, self.start.get(name)) for name, domain in self.space.items()})

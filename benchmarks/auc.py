@@ -100,7 +100,8 @@ def show_calibration(target: npt.NDArray[np.float64], scores: Scores) -> None:
     pd = 1 / (1 + np.exp(-scores[CHAMPION]))
     found, table = metric_set(target, pd), calibration_table(target, pd, interval=jeffreys_interval)
     slope, shift = ([found[f'calibration_{name}{end}'] for end in ('', '_low', '_high')] for name in ('slope', 'intercept'))
-    print(f'\nCalibration of the champion: slope {slope[0]:.3f} ({slope[1]:.3f} to {slope[2]:.3f}), intercept {shift[0]:+.3f} ({shift[1]:+.3f} to {shift[2]:+.3f}), '
+    print(f'\nCalibration of the champion: slope {slope[0]:.3f} ({slope[1]:.3f} to {slope[2]:.3f}), '
+          f'intercept {shift[0]:+.3f} ({shift[1]:+.3f} to {shift[2]:+.3f}), '
           f'ECE {found["ece"]:.4f}, by chance {found["ece_noise"]:.4f}')
     print(f'{"tenth":>6}{"mean pd":>10}{"bad rate":>10}{"Jeffreys 95%":>20}')
     for row in zip(*(table[name] for name in ('bin', 'pd', 'bad_rate', 'low', 'high', 'inside')), strict=True):

@@ -49,7 +49,7 @@ def _purpose(scorer:Scorer, evidence:_Evidence)->str:
             'products or countries, for customers who have a loan already, for setting prices, or for deciding without a person whom an applicant can ask. '
             'Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
 
-# %% ../nbs/45_card.ipynb #8375a16f
+# %% ../nbs/45_card.ipynb #da25222b
 _ROLE_WORDS = {'protected': 'Protected, never a feature, measured for fairness', 'leak': 'Known only after the decision, never a feature',
                'excluded': 'Left out for other reasons'}
 
@@ -66,7 +66,8 @@ def _data(scorer:Scorer, evidence:_Evidence)->str:
     left = '\n'.join(f'- {what}: {", ".join(f"`{html.escape(n)}`" for n in by_role[role]) or "none"}.' for role, what in _ROLE_WORDS.items())
     bound = [f'`{html.escape(c.name)}` ({c.monotone})' for c in scorer.contract.columns.values() if c.monotone]
     return (f'{_table(rows) if parts else "The split was not recorded."}\n\n'
-            f'The model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
+            f'The model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n'
+            f'- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
 
 # %% ../nbs/45_card.ipynb #58a60f88
 _MAIN = [k + end for k in ('rows', 'bad', 'bad_rate', 'pd_mean', 'auc', 'gini', 'ks', 'pr_auc', 'brier', 'log_loss', 'ece', 'ece_noise', 'calibration_slope',

@@ -41,10 +41,10 @@ def _known_params()->frozenset[str]:
     tiny = lgb.train({'verbosity': -1, 'num_threads': 1}, lgb.Dataset(np.zeros((2, 1)), [0, 1]), 1)
     return frozenset(re.findall(r'^\[(\w+):', tiny.model_to_string(), re.MULTILINE))
 
-# %% ../nbs/27_boosting.ipynb #11137f72
+# %% ../nbs/27_boosting.ipynb #77197f37
 def _settings(data:Prepared, params:Mapping[str, Any], seed:int, threads:int)->dict[str, Any]:
     "What was chosen, what this page decides, and which way the pd must go."
-    bound = {'monotone_constraints': list(data.directions), 'monotone_constraints_method': 'advanced'} if any(data.directions) else {}
+    bound = {'monotone_constraints': list(data.directions), 'monotone_constraints_method': 'basic'} if any(data.directions) else {}
     return {**_FIXED, **DATASET_PARAMS, **bound, 'seed': seed, 'num_threads': threads, **params}
 
 # %% ../nbs/27_boosting.ipynb #9eb9c948

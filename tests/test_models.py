@@ -9,12 +9,16 @@ import numpy as np
 import pytest
 
 import riskscore.feature_sets  # noqa: F401  # the features that contracts name
+from riskscore.boosting import LightGBM, default_params
+from riskscore.candidates import FAMILIES, Candidate, compare, family, leaderboard
 from riskscore.contract import load_contract, parse_contract
 from riskscore.core import RiskError
 from riskscore.datasets import open_table, read_table
 from riskscore.features import feature_expressions, fit_plan
 from riskscore.ingest import ingest
-from riskscore.models import DATASET_PARAMS, cross_validate, default_params, oof_margins, prepare_dataset, read_features, train, write_features
+from riskscore.matrix import DATASET_PARAMS, prepare_dataset, read_features, write_features
+from riskscore.models import cross_validate, train
+from riskscore.monotone import constrain, sweep
 from riskscore.ranking import auc
 from riskscore.split import cv_folds
 from riskscore.tuning import search
@@ -94,23 +98,26 @@ def test_row_groups_of_any_size_are_read_in_order(tmp_path):
 def test_odd_column_names_reach_the_model(tmp_path):
     contract, frames = loans(500)
     plan, data = prepared(tmp_path, contract, frames)
-    model = train(data, cv_folds(data.target, contract.cv), default_params(500, len(plan.names)))
+    model = train(LightGBM(), data, cv_folds(data.target, contract.cv), default_params(500, len(plan.names)))
     assert list(model.importance) != plan.names and set(model.importance) == {'income, net', 'constant', 'año', 'branch'}
-    assert lgb.Booster(model_str=model.model_text).feature_name() == ['income_net', 'constant', 'año', 'branch']
+    assert model.predictor.booster.feature_name() == ['income_net', 'constant', 'año', 'branch']
 
 
 def test_margins_are_those_of_the_model_that_left_the_row_out(tmp_path):
     contract, frames = loans(900)
     plan, data = prepared(tmp_path, contract, frames)
     folds = cv_folds(data.target, contract.cv)
-    cv = cross_validate(data, folds, default_params(900, 4))
-    margins, matrix = oof_margins(data, folds, cv.boosters), np.vstack([plan.frame(f) for f in frames])
-    for booster, (_, check) in zip(cv.boosters, folds, strict=True):
-        np.testing.assert_array_equal(margins[check], booster.predict(matrix[check], raw_score=True))
-    assert np.isfinite(margins).all()
+    params = default_params(900, 4)
+    cv, matrix = cross_validate(LightGBM(), data, folds, params, seed=7), np.vstack([plan.frame(f) for f in frames])
+    fixed = {'objective': 'binary', 'deterministic': True, 'force_row_wise': True, 'seed': 7, 'num_threads': 1}
+    for learn, check in folds:
+        booster = lgb.train(params | DATASET_PARAMS | fixed, data.open().subset(learn.tolist()), cv.rounds)
+        np.testing.assert_allclose(cv.margins[check], booster.predict(matrix[check], raw_score=True), rtol=1e-9)
+    assert np.isfinite(cv.margins).all()
 
 
-def test_a_fold_does_not_see_the_rows_it_predicts(tmp_path):
+@pytest.mark.parametrize('name', ['lightgbm', 'logistic', 'scorecard', 'forest'])
+def test_a_fold_does_not_see_the_rows_it_predicts(tmp_path, name):
     "Outcomes of the rows of a fold are turned round: its model stays the same."
     contract, frames = loans(900, blocks=1)
     _, data = prepared(tmp_path, contract, frames)
@@ -119,15 +126,16 @@ def test_a_fold_does_not_see_the_rows_it_predicts(tmp_path):
     turned = frames[0]['bad'].copy()
     turned[folds[0][1]] = 1 - turned[folds[0][1]]
     _, other = prepared(tmp_path / 'turned', contract, [frames[0] | {'bad': turned}])
-    trees = [cross_validate(d, folds, {'num_leaves': 4}, max_rounds=25).boosters[0].trees_to_dataframe() for d in (data, other)]
-    assert trees[0].equals(trees[1])
+    params = family(name).defaults(900, 4)
+    margins = [cross_validate(family(name), d, folds, params, max_rounds=25).margins[folds[0][1]] for d in (data, other)]
+    np.testing.assert_array_equal(*margins)
 
 
 def test_folds_in_time_leave_the_first_rows_without_a_margin(tmp_path):
     contract, frames = loans(1_200)
     _, data = prepared(tmp_path, contract, frames)
     folds = cv_folds(data.target, {'by': 'time', 'folds': 3}, np.arange(1_200.0))
-    model = train(data, folds, default_params(1_200, 4))
+    model = train(LightGBM(), data, folds, default_params(1_200, 4))
     known = np.concatenate([check for _, check in folds])
     assert np.isfinite(model.margins[known]).all() and np.isnan(np.delete(model.margins, known)).all()
     assert known.min() > 0 and [fold['rows'] for fold in model.folds] == [len(check) for _, check in folds]
@@ -138,8 +146,8 @@ def test_a_tiny_table_trains(tmp_path, rows):
     contract, frames = loans(rows, blocks=1)
     frames[0]['bad'] = (np.arange(rows) % 2).astype(float)
     plan, data = prepared(tmp_path, contract, frames)
-    model = train(data, cv_folds(data.target, {'folds': 3}), default_params(rows, len(plan.names)))
-    assert np.isfinite(lgb.Booster(model_str=model.model_text).predict(plan.frame(frames[0]))).all()
+    model = train(LightGBM(), data, cv_folds(data.target, {'folds': 3}), default_params(rows, len(plan.names)))
+    assert np.isfinite(model.predictor.margin(plan.frame(frames[0]))).all()
     assert sum(model.importance.values()) <= 1 + 1e-9
 
 
@@ -147,8 +155,8 @@ def test_a_table_with_nothing_to_learn_from_trains(tmp_path):
     contract = contract_of({'x': {'kind': 'number'}, 'bad': {'kind': 'flag', 'role': 'target', 'bad': '1'}})
     frame = {'x': np.full(300, np.nan), 'bad': (np.arange(300) % 5 == 0).astype(float)}
     plan, data = prepared(tmp_path, contract, [frame])
-    model = train(data, cv_folds(data.target, {'folds': 5}), default_params(300, 1))
-    np.testing.assert_allclose(lgb.Booster(model_str=model.model_text).predict(plan.frame(frame)), 0.2, atol=1e-6)
+    model = train(LightGBM(), data, cv_folds(data.target, {'folds': 5}), default_params(300, 1))
+    np.testing.assert_allclose(1 / (1 + np.exp(-model.predictor.margin(plan.frame(frame)))), 0.2, atol=1e-6)
 
 
 @pytest.mark.parametrize(('outcomes', 'message'), [
@@ -172,9 +180,9 @@ def test_a_fold_without_bads_is_named(tmp_path):
     _, data = prepared(tmp_path, contract, frames)
     good = np.flatnonzero(data.target == 0)
     with pytest.raises(RiskError, match='fold 2: 0 bad among 10 rows to predict'):
-        cross_validate(data, [(np.arange(150), np.arange(150, 300)), (np.arange(150), good[:10])], {})
+        cross_validate(LightGBM(), data, [(np.arange(150), np.arange(150, 300)), (np.arange(150), good[:10])], {})
     with pytest.raises(RiskError, match='no folds'):
-        cross_validate(data, [], {})
+        cross_validate(LightGBM(), data, [], {})
 
 
 @pytest.mark.parametrize('params', [{'num_leafs': 8}, {'seed': 1}, {'min_data': 5}, {'min_data_in_bin': 1}, {'learning_rate': -1}])
@@ -182,14 +190,14 @@ def test_parameters_that_do_not_hold_are_refused(tmp_path, params):
     contract, frames = loans(300)
     _, data = prepared(tmp_path, contract, frames)
     with pytest.raises(RiskError, match=next(iter(params))):
-        search(data, cv_folds(data.target, contract.cv), params=params, n_trials=1)
+        search(LightGBM(), data, cv_folds(data.target, contract.cv), params=params, n_trials=1)
 
 
 def test_the_search_begins_at_the_default_moved_into_the_space(tmp_path):
     contract, frames = loans(300)
     _, data = prepared(tmp_path, contract, frames)
     space = {'num_leaves': [2], 'lambda_l2': {'low': 20, 'high': 30}, 'lambda_l1': {'low': 0.5, 'high': 1.0}}
-    found = search(data, cv_folds(data.target, contract.cv), params={'learning_rate': 0.2}, space=space, n_trials=1)
+    found = search(LightGBM(), data, cv_folds(data.target, contract.cv), params={'learning_rate': 0.2}, space=space, n_trials=1)
     assert found.trials[0].params == {'num_leaves': 2, 'lambda_l2': 20, 'lambda_l1': 0.5}
     assert found.params['learning_rate'] == 0.2 and found.params['bagging_fraction'] == 0.8
 
@@ -198,10 +206,10 @@ def test_hopeless_trials_are_pruned_and_a_better_one_is_kept(tmp_path):
     contract, frames = loans(2_000)
     _, data = prepared(tmp_path, contract, frames)
     space = {'lambda_l2': {'low': 1.0, 'high': 1e6, 'log': True}}
-    found = search(data, cv_folds(data.target, contract.cv), params={'lambda_l2': 1e6, 'learning_rate': 0.1}, space=space, n_trials=10)
+    found = search(LightGBM(), data, cv_folds(data.target, contract.cv), params={'lambda_l2': 1e6, 'learning_rate': 0.1}, space=space, n_trials=10)
     assert {trial.state for trial in found.trials} == {'complete', 'pruned'}
     assert found.chosen > 0 and found.params['lambda_l2'] < 1e6
-    assert found.cv.rounds == found.trials[found.chosen].rounds and len(found.cv.boosters) == 5
+    assert found.cv.rounds == found.trials[found.chosen].rounds and np.isfinite(found.cv.margins).all()
 
 
 def test_an_interrupt_ends_a_search_at_once(tmp_path):
@@ -212,7 +220,7 @@ def test_an_interrupt_ends_a_search_at_once(tmp_path):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search(data, cv_folds(data.target, contract.cv), report=stop)
+        search(LightGBM(), data, cv_folds(data.target, contract.cv), report=stop)
 
 
 TWICE = '''
@@ -225,9 +233,9 @@ plan = fit_plan(contract, read_table(table, contract))
 write_features(folder / 'f.parquet', plan, contract, read_table(table, contract))
 data = prepare_dataset(folder / 'f.parquet', plan, contract.target.name, folder / 'f.bin', threads)
 folds = cv_folds(data.target, contract.cv)
-found = search(data, folds, params={'learning_rate': 0.1}, n_trials=3, threads=threads)
-model = train(data, folds, found.params, cv=found.cv, threads=threads)
-print(hashlib.sha256(model.model_text.encode() + model.margins.tobytes() + repr(found.trials).encode()).hexdigest())
+found = search(LightGBM(), data, folds, params={'learning_rate': 0.1}, n_trials=3, threads=threads)
+model = train(LightGBM(), data, folds, found.params, cv=found.cv, threads=threads)
+print(hashlib.sha256(model.predictor.to_bytes() + model.margins.tobytes() + repr(found.trials).encode()).hexdigest())
 '''
 
 
@@ -257,5 +265,37 @@ def test_default_parameters_rank_real_applications(tmp_path, real_data):
     ingest(real_data / 'home_credit_sample/application_train.csv.gz', contract, tmp_path / 'table.parquet')
     _, data = prepared(tmp_path, contract, list(read_table(tmp_path / 'table.parquet', contract)))
     folds = cv_folds(data.target, {'folds': 5, 'seed': 42})
-    cv = cross_validate(data, folds, default_params(len(data.target), len(data.names)), threads=2)
-    assert auc(data.target, oof_margins(data, folds, cv.boosters, 2)) > 0.747
+    cv = cross_validate(LightGBM(), data, folds, default_params(len(data.target), len(data.names)), threads=2)
+    assert auc(data.target, cv.margins) > 0.749
+
+
+@pytest.mark.parametrize('name', ['lightgbm', 'scorecard'])
+def test_the_contract_is_kept_on_every_step_of_a_sweep(tmp_path, synthetic, name):
+    "Features are computed anew for each step; without the contract's directions the trees break them."
+    contract, table = synthetic
+    frames = list(read_table(table, contract))
+    found = constrain(contract, fit_plan(contract, frames))
+    write_features(tmp_path / 'f.parquet', found.plan, contract, frames)
+    frame = {column: np.concatenate([f[column] for f in frames]) for column in frames[0]}
+    broken = {}
+    for directions in (found.directions, {}):
+        data = prepare_dataset(tmp_path / 'f.parquet', found.plan, contract.target.name, tmp_path / 'f.bin', directions=directions)
+        model = family(name).fit(data, family(name).defaults(3_000, len(data.names)), 150, 1, 1)
+        table_ = sweep(contract, lambda f, model=model: model.margin(found.plan.frame(f)), frame, rows=40, points=25)
+        broken[bool(directions)] = sum(table_['violations'])
+    assert len(found.directions) > 10 and sum(table_['steps']) > 3_000
+    assert broken[True] == 0 and (broken[False] > 0 or name == 'scorecard')  # bins are monotone in either case, in the direction of the data
+
+
+def test_candidates_are_compared_on_the_figure_that_was_asked_for(tmp_path):
+    contract, frames = loans(1_500)
+    _, data = prepared(tmp_path, contract, frames)
+    folds = cv_folds(data.target, contract.cv)
+    wishes = [Candidate(name, family(name), {}, None) for name in ('lightgbm', 'logistic', 'scorecard', 'forest')]
+    entries = compare(wishes, data, folds, by='recall_0', robust=True, tune='none', cut=0.3)
+    table = leaderboard(entries, data, robust=True)
+    assert sorted(table['candidate']) == ['forest', 'lightgbm', 'logistic', 'scorecard']
+    assert table['merit'] == sorted(table['merit'], reverse=True)
+    np.testing.assert_allclose(table['merit'], np.subtract(table['mean'], table['deviation']))
+    assert table['behind_low'][0] is None and all(low < high for low, high in zip(table['behind_low'][1:], table['behind_high'][1:], strict=True))
+    assert set(FAMILIES) == {'lightgbm', 'logistic', 'scorecard', 'forest', 'xgboost', 'catboost', 'network'}

@@ -6,7 +6,7 @@
 __all__ = ['Samples', 'roc_figure', 'pr_figure', 'ks_figure', 'calibration_figure', 'gain_figure', 'lift_figure', 'score_figure',
            'effect_figure', 'growth_figure']
 
-# %% ../nbs/42_model_plots.ipynb #901d6ba0
+# %% ../nbs/42_model_plots.ipynb #7c7bbd68
 from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
@@ -17,7 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .core import Frame, RiskError
-from .plots import COLOURS, add_legend, new_axes, percent
+from .plots import COLOURS, add_legend, name_rows, new_axes, percent
 from .ranking import auc_interval, checked, curve, gain_table, ks, pr_auc
 from .reliability import calibration_table
 
@@ -74,7 +74,7 @@ def ks_figure(
     add_legend(axes, loc='upper right')
     return figure
 
-# %% ../nbs/42_model_plots.ipynb #d3c6a720
+# %% ../nbs/42_model_plots.ipynb #13bb9a23
 def calibration_figure(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
@@ -82,11 +82,11 @@ def calibration_figure(
 )->Figure:
     "Bad rate against pd by bin, with intervals."
     table = calibration_table(y, pd, bins)
-    figure, axes = new_axes('Stated pd (% mean of the bin)', 'Bad rate (% of the bin)', (4.8, 4))
+    figure, axes = new_axes('Stated pd (%, mean of the group)', 'Bad rate (% of the group)', (4.8, 4))
     end = 1.05 * max(table['pd'].max(), table['high'].max())
     axes.plot([0, end], [0, end], color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)), label='stated = happened')
     axes.vlines(table['pd'], table['low'], table['high'], color=COLOURS['first'], linewidth=1.4)
-    for inside, fill, label in ((True, COLOURS['first'], 'bin, with its 95% interval'), (False, 'none', 'bin off the diagonal')):
+    for inside, fill, label in ((True, COLOURS['first'], 'group, with its 95% interval'), (False, 'none', 'group off the diagonal')):
         rows = table['inside'] == inside
         if rows.any():
             axes.plot(table['pd'][rows], table['bad_rate'][rows], 'o', color=COLOURS['first'], mfc=fill, markersize=6, label=label)
@@ -164,7 +164,7 @@ def score_figure(
     add_legend(axes, loc='upper left', bbox_to_anchor=(0, 0.93))
     return figure
 
-# %% ../nbs/42_model_plots.ipynb #60f90fd2
+# %% ../nbs/42_model_plots.ipynb #53152110
 def effect_figure(
     table:Frame, # columns feature, fifth_1 to fifth_5 and missing, as `shap_importance` gives them
     top:int=12, # how many features
@@ -173,13 +173,13 @@ def effect_figure(
     rows = np.flatnonzero(np.isfinite(table['fifth_1']) | np.isfinite(table['missing']))[:top][::-1]
     if not len(rows):
         raise RiskError('There is no feature to draw: expected at least one that is not a category.')
-    figure, axes = new_axes('Change of the log-odds of default', '', (5.6, 0.9 + 0.24 * len(rows)))
+    figure, axes = new_axes('Change of the log-odds of default (right: riskier)', '', (5.6, 0.9))
+    name_rows(axes, [str(name) for name in table['feature'][rows]])
     for n, strength in enumerate((0.2, 0.4, 0.6, 0.8, 1), 1):
         label = {1: 'lowest fifth', 5: 'highest fifth'}.get(n)
         axes.plot(table[f'fifth_{n}'][rows], range(len(rows)), 'o', color=COLOURS['first'], alpha=strength, markersize=6, label=label)
     axes.plot(table['missing'][rows], range(len(rows)), 'o', color=COLOURS['second'], mfc='none', markersize=6, label='missing')
     axes.axvline(0, color=COLOURS['muted'], linewidth=1)
-    axes.set_yticks(range(len(rows)), [str(name)[:34] for name in table['feature'][rows]], color=COLOURS['ink'])
     axes.margins(y=0.06)
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.4, 1), ncols=3)
     return figure

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['forest_figure', 'grade_figure', 'vintage_figure', 'period_figure']
 
-# %% ../nbs/43_review_plots.ipynb #c6363ce9
+# %% ../nbs/43_review_plots.ipynb #50f55ea6
 import numpy as np
 from matplotlib.figure import Figure
 
 from .core import Frame, RiskError
-from .plots import COLOURS, add_legend, new_axes, percent
+from .plots import COLOURS, add_legend, name_rows, new_axes, percent
 
-# %% ../nbs/43_review_plots.ipynb #b5ebb1fa
+# %% ../nbs/43_review_plots.ipynb #5df9efdc
 def forest_figure(
     table:Frame, # one row a group; columns `figure`, `figure`_low and `figure`_high
     figure:str, # the column to draw
@@ -20,31 +20,32 @@ def forest_figure(
     names:str='group', # the column of names
     share:bool=False, # a share, shown in percent
     line:float|None=None, # a reference, such as 0.8 for four fifths
+    form:str='.2f', # of the figures on the right; of a share always '.1%'
 )->Figure:
     "A figure of each group with its interval."
     missing = [name for name in (names, figure, f'{figure}_low', f'{figure}_high') if name not in table]
     if missing or not len(table[names]):
         raise RiskError(f'There is nothing to draw: expected rows with the columns {names}, {figure} and its interval.', [f'no column {m}' for m in missing])
     rows, values = np.arange(len(table[names]))[::-1], table[figure]
-    drawn, axes = new_axes(label, '', (5.6, 0.8 + 0.3 * len(rows)))
+    drawn, axes = new_axes(label, '', (5.6, 0.8))
+    name_rows(axes, [str(name) for name in table[names]][::-1], height=0.3)
     if line is not None:
         axes.axvline(line, color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)))
     axes.hlines(rows, table[f'{figure}_low'], table[f'{figure}_high'], color=COLOURS['first'], linewidth=1.8)
     axes.plot(values, rows, 'o', color=COLOURS['first'], markersize=6)
-    for row, value, end in zip(rows, values, np.fmax(values, table[f'{figure}_high']), strict=True):
-        text = '– too few' if not np.isfinite(value) else f'{value:.1%}' if share else f'{value:.3f}'
-        at = {'xy': (end, row), 'xytext': (5, 0)} if np.isfinite(value) else {'xy': (0, row), 'xytext': (3, 0), 'xycoords': ('axes fraction', 'data')}
-        axes.annotate(text.replace('-', '−'), **at, textcoords='offset points', va='center', fontsize=8, color=COLOURS['ink'])
-    axes.set_yticks(rows, [str(name)[:34] for name in table[names]], color=COLOURS['ink'])
+    for row, value in zip(rows, values, strict=True):
+        text = 'too few' if not np.isfinite(value) else format(value, '.1%' if share else form)
+        axes.annotate(text.replace('-', '−'), (1, row), (6, 0), xycoords=('axes fraction', 'data'), textcoords='offset points', va='center',
+                      fontsize=9, color=COLOURS['ink'])
     axes.set_ylim(-0.6, len(rows) - 0.4)
     axes.grid(visible=False, axis='y')
-    axes.margins(x=0.14)
+    axes.margins(x=0.05)
     if share:
         percent(axes, 'x')
     return drawn
 
-# %% ../nbs/43_review_plots.ipynb #d8effe62
-_LIGHTS = {'green': ('o', 'good', 'pd inside what chance explains'), 'amber': ('s', 'refer', 'outside 95% (amber)'), 'red': ('X', 'bad', 'outside 99% (red)')}
+# %% ../nbs/43_review_plots.ipynb #ef7b229c
+_LIGHTS = {'green': ('o', 'good', 'happened, as chance explains'), 'amber': ('s', 'refer', 'happened, amber'), 'red': ('X', 'bad', 'happened, red')}
 
 
 def grade_figure(
@@ -61,7 +62,7 @@ def grade_figure(
             axes.plot(at[rows], table['bad_rate'][rows], marker, color=COLOURS[colour], markersize=7, label=label)
     axes.set_xticks(at, [str(name) for name in table['segment']])
     axes.grid(visible=False, axis='x')
-    axes.set_ylim(0, None)
+    axes.set_ylim(0, 1.08 * float(np.nanmax([table['pd'], table['bad_rate_high']])))
     percent(axes, 'y')
     add_legend(axes, loc='upper left')
     return figure

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['pd_figure', 'decision_figure', 'value_figure', 'profit_figure', 'appetite_figure']
 
-# %% ../nbs/43_value_plots.ipynb #e7f18bc9
+# %% ../nbs/43_value_plots.ipynb #21933beb
 from collections.abc import Mapping
 
 import numpy as np
@@ -16,8 +16,9 @@ from .contract import DECISIONS
 from .core import Frame, RiskError
 from .plots import COLOURS, add_legend, new_axes, percent
 from .ranking import equal_mass
+from .reports import money_unit
 
-# %% ../nbs/43_value_plots.ipynb #a9d74db5
+# %% ../nbs/43_value_plots.ipynb #6c2cccd2
 def pd_figure(
     pd:npt.ArrayLike, # (n,) probabilities of default
     decisions:npt.ArrayLike|None=None, # (n,) approve, refer or decline
@@ -35,6 +36,7 @@ def pd_figure(
         floor = floor + counts
     axes.grid(visible=False, axis='x')
     percent(axes, 'x')
+    axes.yaxis.set_major_formatter('{x:,.0f}')
     if decisions is not None:
         add_legend(axes, loc='upper right')
     return figure
@@ -60,20 +62,7 @@ def decision_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1)
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #ff831d08
-def _scale(
-    values:npt.NDArray[np.float64], # amounts of money
-    what:str, # what they are
-    currency:str, # their currency, or nothing
-)->tuple[float, str]: # divisor, and label of the axis
-    "The unit of an axis of money."
-    most = float(np.abs(values).max(initial=0))
-    sizes = ((1e9, 'billion'), (1e6, 'million'), (1e3, 'thousand'))
-    size, word = next(((size, word) for size, word in sizes if most >= 10 * size), (1.0, ''))
-    unit = ' '.join(filter(None, [word, currency]))
-    return size, f'{what} ({unit})' if unit else what
-
-# %% ../nbs/43_value_plots.ipynb #9f717ca3
+# %% ../nbs/43_value_plots.ipynb #7fd37b05
 def value_figure(
     pd:npt.ArrayLike, # (n,) probabilities of default
     value:npt.ArrayLike, # (n,) expected value of each application
@@ -83,8 +72,8 @@ def value_figure(
     "Expected value by groups of risk."
     index = equal_mass(pd, bins)
     totals = np.bincount(index, weights=np.nan_to_num(np.asarray(value, dtype=np.float64))).astype(np.float64)
-    scale, label = _scale(totals, 'Expected value', currency)
-    figure, axes = new_axes(f'Applications in {len(totals)} groups, safest first', label, (5.6, 2.8))
+    scale, unit = money_unit(totals, currency)
+    figure, axes = new_axes(f'Applications in {len(totals)} groups, safest first', f'Expected value{unit and f" ({unit})"}', (5.6, 2.8))
     groups = np.arange(1, len(totals) + 1)
     axes.bar(groups, totals / scale, width=0.72, color=np.where(totals < 0, COLOURS['bad'], COLOURS['good']).tolist())
     axes.axhline(0, color=COLOURS['muted'], linewidth=1)
@@ -92,7 +81,7 @@ def value_figure(
     axes.grid(visible=False, axis='x')
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #67ba4a09
+# %% ../nbs/43_value_plots.ipynb #e1f71dd6
 def profit_figure(
     pd:npt.ArrayLike, # (n,) probabilities of default
     gain:npt.ArrayLike, # (n,) value of approving less value of declining
@@ -103,19 +92,19 @@ def profit_figure(
     worth = np.nan_to_num(np.asarray(gain, dtype=np.float64))[np.argsort(np.asarray(pd), kind='stable')]
     total = np.concatenate([[0.0], np.cumsum(worth)])
     share = np.arange(len(total)) / max(len(worth), 1)
-    scale, label = _scale(total, 'Value', currency)
-    figure, axes = new_axes('Approved, safest first (% of applications)', label)
+    scale, unit = money_unit(total, currency)
+    figure, axes = new_axes('Approved, safest first (% of applications)', f'Value{unit and f" ({unit})"}')
     keep = np.unique(np.linspace(0, len(total) - 1, 300).astype(int))
     best, here = int(np.argmax(total)), round(approved * len(worth))
     axes.plot(share[keep], total[keep] / scale, color=COLOURS['first'], linewidth=1.8)
-    axes.axvline(share[best], color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)), label=f'best: approve {share[best]:.0%}')
-    axes.plot(share[here], total[here] / scale, 'o', color=COLOURS['second'], label=f'policy: approves {share[here]:.0%}')
+    axes.axvline(share[best], color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)), label=f'best without referring: approve {share[best]:.0%}')
+    axes.plot(share[here], total[here] / scale, 'o', color=COLOURS['second'], label=f'policy: approves {share[here]:.0%}, refers others')
     axes.axhline(0, color=COLOURS['muted'], linewidth=0.8)
     percent(axes, 'x')
     add_legend(axes, loc='best')
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #4115173d
+# %% ../nbs/43_value_plots.ipynb #bc634607
 def appetite_figure(
     curve:Frame, # approved and bad_rate, as profit_curve gives them
     appetites:Frame, # bad_loss_factor, approved and bad_rate, as appetite_table gives them
@@ -126,8 +115,9 @@ def appetite_figure(
     for factor, approved, rate in zip(appetites['bad_loss_factor'], appetites['approved'], appetites['bad_rate'], strict=True):
         own = factor == 1
         axes.plot(approved, rate, 'o', color=COLOURS['second' if own else 'muted'], markersize=7 if own else 5)
-        name = 'as in the contract' if own else f'loss x {factor:g}'
-        axes.annotate(name, (approved, rate), (0, 9) if own else (6, -11), textcoords='offset points', fontsize=9, color=COLOURS['ink'])
+        name = 'as in the contract' if own else f'loss × {factor:g}'
+        axes.annotate(name, (approved, rate), (-7, 4) if own else (7, -9), textcoords='offset points', ha='right' if own else 'left', fontsize=9,
+                      color=COLOURS['ink'])
     axes.set_ylim(bottom=0)
     percent(axes)
     return figure

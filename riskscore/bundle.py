@@ -6,12 +6,13 @@
 __all__ = ['BUNDLE_FORMAT', 'write_bundle', 'Scorer', 'load_bundle', 'add_documents', 'read_document', 'write_policy',
            'read_policy', 'write_pointer']
 
-# %% ../nbs/09_bundle.ipynb #0e801869
+# %% ../nbs/09_bundle.ipynb #68030170
 import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, f
 from .features import FeaturePlan, plan_from_json, plan_to_json
 from .policy import Policy, judge, policy_from_dict, score_points
 from .predictors import FORMATS, Predictor, load_predictor
-from .reasons import REASON_LIMIT, Reasons, explain, reasons_from_dict, reasons_to_dict, with_knockouts
+from .reasons import REASON_LIMIT, Mixture, Reasons, explain, mixture, reasons_from_dict, reasons_to_dict, with_knockouts
 
 # %% ../nbs/09_bundle.ipynb #fad33697
 BUNDLE_FORMAT = 2
@@ -71,7 +72,7 @@ def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
 
-# %% ../nbs/09_bundle.ipynb #627fc0d4
+# %% ../nbs/09_bundle.ipynb #4bf38388
 @dataclass(frozen=True)
 class Scorer:
     "A loaded bundle."
@@ -105,6 +106,13 @@ class Scorer:
         "Probability of default from features."
         return self.calibration.pd(self.predictor.margin(features, threads))
 
+    @cached_property
+    def mixture(self) -> Mixture:
+        "Features that reasons share out among their columns; see the notebook `reasons`."
+        if self.reasons is None:
+            raise RiskError(f'Bundle {self.version} was written without reasons. Train again.')
+        return mixture(self.reasons, self.plan)
+
     def explain(
         self,
         typed: Mapping[str, Any],  # typed columns, or the typed values of one application
@@ -113,11 +121,7 @@ class Scorer:
         threads: int = 1,  # threads of the model's library
     ) -> list[list[dict[str, Any]]]:  # of each row its reasons, worst first; see the notebook `reasons`
         "Why applications are worse than those that are approved: rules that fired, then what the model says."
-        if self.reasons is None:
-            raise RiskError(f'Bundle {self.version} was written without reasons. Train again.')
-        features = self.plan.frame(dict(typed)) if features is None else features
-        found = explain(self.reasons, features, self.predictor.contributions(features, threads), limit)
-        return with_knockouts(self.policy.knockouts, self.policy.knocked_out(typed), found, limit)
+        return _explain(self, typed, self.plan.frame(dict(typed)) if features is None else features, limit, threads)
 
     def record(
         self,
@@ -126,6 +130,13 @@ class Scorer:
     ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, policy_version, flags (soft violations), and reasons
         "Scores one application; RiskError lists every field that is refused."
         return _record(self, application, explain)
+
+# %% ../nbs/09_bundle.ipynb #41fd89aa
+def _explain(scorer:Scorer, typed:Mapping[str, Any], features:npt.NDArray[np.float32], limit:int, threads:int)->list[list[dict[str, Any]]]:
+    "Reasons of rules and of the model."
+    shares, parts = scorer.mixture.shares(typed), scorer.predictor.contributions(features, threads)
+    found = explain(scorer.reasons, features, parts, shares, limit) if scorer.reasons else []
+    return with_knockouts(scorer.policy.knockouts, scorer.policy.knocked_out(typed), found, limit)
 
 # %% ../nbs/09_bundle.ipynb #2692d157
 def _record(scorer:Scorer, application:Mapping[str, Any], explained:bool)->dict[str, Any]:

@@ -19,15 +19,15 @@ from .features import FeaturePlan
 from .metrics import jeffreys_interval
 from .reasons import Reasons, stated
 
-# %% ../nbs/38_faithfulness.ipynb #f4d34610
+# %% ../nbs/38_faithfulness.ipynb #db14d6b8
 def columns_behind(
     reasons:Reasons, # groups of the features
     plan:FeaturePlan, # features
 )->dict[str, list[str]]: # group to columns of the contract
-    "All columns that the features of a group read."
+    "All columns that the features of a group read, but for features that are shared out."
     found: dict[str, set[str]] = {group: set() for group in reasons.groups}
     for name, member in zip(reasons.features, reasons.member, strict=True):
-        found[reasons.groups[member]] |= plan.outputs[name].columns
+        found[reasons.groups[member]] |= plan.outputs[name].columns if name not in reasons.mixed else set()
     return {group: sorted(columns) for group, columns in found.items()}
 
 # %% ../nbs/38_faithfulness.ipynb #fcb27a1e
@@ -71,7 +71,7 @@ class Faithfulness:
     in_stated: float  # the best single move is among the stated reasons
     random: float  # agreement of a reason drawn at random
 
-# %% ../nbs/38_faithfulness.ipynb #9623734b
+# %% ../nbs/38_faithfulness.ipynb #e716c800
 def faithfulness(
     scorer:Scorer, # a bundle with reasons
     declined:Frame, # typed applications that it declines by their pd
@@ -93,8 +93,9 @@ def faithfulness(
     margin, parts = scorer.predictor.margin(features, threads), scorer.predictor.contributions(features, threads)
     gain = {how: _gains(scorer, tried, approved, groups, donors, scorer.pd(features, threads), threads) for how, groups in (
         ('behind', columns_behind(scorer.reasons, scorer.plan)), ('owned', columns_owned(scorer.reasons, scorer.plan, scorer.contract)))}
-    error = np.abs(scorer.reasons.grouped(parts).sum(axis=1) - margin).max()
-    return _figures(scorer.reasons.effects(parts), gain, float(error))
+    shares = scorer.mixture.shares(tried)
+    error = np.abs(scorer.reasons.grouped(parts, shares).sum(axis=1) - margin).max()
+    return _figures(scorer.reasons.effects(parts, shares), gain, float(error))
 
 # %% ../nbs/38_faithfulness.ipynb #d72356e1
 def _gains(

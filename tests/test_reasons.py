@@ -1,17 +1,23 @@
 """Reasons tell the truth: they add up, they name what moves the decision, and they read the same for a table and for one application."""
 import json
+from timeit import repeat
 
 import numpy as np
 import pytest
 from explained import explained, one, take
+from generators import contracts, examples, tables
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from small_bundle import applications, small_bundle
 
 from riskscore.bundle import load_bundle
 from riskscore.contract import LANGUAGES, check_frame, load_contract
-from riskscore.core import RiskError
+from riskscore.core import RiskError, frame_rows
+from riskscore.explanations import reason_shares
 from riskscore.faithfulness import columns_behind, columns_owned, faithfulness
+from riskscore.features import FeaturePlan, fit_plan
 from riskscore.policy import judge
-from riskscore.reasons import REASON_LIMIT, explain, reason_groups
+from riskscore.reasons import REASON_LIMIT, explain, fit_reasons, mixture, reason_groups, reasons_from_dict, reasons_to_dict
 from riskscore.synthetic import write_home_credit
 
 SETS = {'taiwan': 'taiwan/UCI_Credit_Card.csv', 'home_credit': 'home_credit_sample/application_train.csv.gz'}
@@ -30,14 +36,18 @@ def test_contributions_add_up_to_the_margin(synthetic):
     parts = scorer.predictor.contributions(features)
     margin = scorer.predictor.margin(features)
     np.testing.assert_allclose(parts.sum(axis=1), margin, rtol=0, atol=1e-9)
-    np.testing.assert_allclose(scorer.reasons.grouped(parts).sum(axis=1), margin, rtol=0, atol=1e-9)
-    usual = scorer.reasons.effects(parts).sum(axis=1) - parts[:, :-1].sum(axis=1)
+    shares = scorer.mixture.shares(synthetic.future)
+    assert (shares >= 0).all()
+    np.testing.assert_allclose(shares.sum(axis=2), 1, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(scorer.reasons.grouped(parts, shares).sum(axis=1), margin, rtol=0, atol=1e-9)
+    usual = scorer.reasons.effects(parts, shares).sum(axis=1) - parts[:, :-1].sum(axis=1)
     np.testing.assert_allclose(usual, usual[0], rtol=0, atol=1e-6)  # the approved mean is the same for everybody; effects are rounded
 
 
 def test_moving_the_first_reason_lowers_the_pd_of_synthetic_applicants(synthetic):
     found = faithfulness(synthetic.scorer, synthetic.by_decision('decline'), synthetic.by_decision('approve', 'history'), rows=100, draws=5)
     assert found.error < 1e-9 and found.lowered >= 0.95 and found.agreement > 3 * found.random, found
+    assert max(reason_shares(synthetic.scorer, synthetic.by_decision('decline'))['first']) < 0.8
 
 
 @pytest.mark.parametrize('name', SETS)
@@ -45,6 +55,7 @@ def test_moving_the_first_reason_lowers_the_pd_of_real_applicants(real_data, tmp
     model = explained(tmp_path, real_data / SETS[name], load_contract(f'data/contracts/{name}.yaml'))
     found = faithfulness(model.scorer, model.by_decision('decline'), model.by_decision('approve', 'history'), rows=150, draws=5)
     assert found.error < 1e-9 and found.lowered >= 0.95 and found.lowered_owned >= 0.9 and found.agreement > 3 * found.random, found
+    assert max(reason_shares(model.scorer, model.by_decision('decline'))['first']) < 0.8  # a reason that everybody gets explains nothing
 
 
 def test_a_table_and_one_application_have_the_same_reasons(synthetic):
@@ -86,11 +97,65 @@ def test_a_direction_is_true_of_the_value_that_it_speaks_of(synthetic):
 def test_external_scores_stay_apart_and_every_feature_has_words(synthetic):
     contract, reasons = synthetic.scorer.contract, synthetic.scorer.reasons
     owner = reason_groups(contract, synthetic.scorer.plan)
-    assert len({owner[f'EXT_SOURCE_{i}'] for i in (1, 2, 3)} | {owner['ext_mean']}) == 4
+    assert [owner[f'EXT_SOURCE_{i}'] for i in (1, 2, 3)] == [f'ext_source_{i}' for i in (1, 2, 3)]
+    assert reasons.mixed['ext_mean'] == ('EXT_SOURCE_1', 'EXT_SOURCE_2', 'EXT_SOURCE_3') and 'credit_to_income' not in reasons.mixed
+    assert all(f in reasons.mixed for f in reasons.features if f.startswith('ext_'))
     assert set(owner.values()) <= set(contract.groups)
     assert all(set(words) >= set(LANGUAGES) for words in (g['words'] for g in contract.groups.values()))
     assert set(columns_owned(reasons, synthetic.scorer.plan, contract)['ext_source_1']) == {'EXT_SOURCE_1'}
-    assert {'EXT_SOURCE_1', 'DAYS_BIRTH'} <= set(columns_behind(reasons, synthetic.scorer.plan)['ext_source_1'])
+    assert columns_behind(reasons, synthetic.scorer.plan)['ext_source_1'] == ['EXT_SOURCE_1']
+    assert {'AMT_CREDIT', 'AMT_INCOME_TOTAL'} <= set(columns_behind(reasons, synthetic.scorer.plan)['affordability'])
+
+
+def test_a_mixture_blames_the_score_that_is_low_or_missing(synthetic):
+    scorer, scores = synthetic.scorer, [f'EXT_SOURCE_{i}' for i in (1, 2, 3)]
+    reasons = scorer.reasons
+    person = {n: v[:1] for n, v in synthetic.future.items()} | {n: np.array([0.7]) for n in scores}
+    place = [reasons.sources.index(n) for n in scores]
+    named = list(reasons.mixed)
+
+    def blame(feature, **values):
+        shares = scorer.mixture.shares(person | {n: np.array([v]) for n, v in values.items()})[0]
+        return shares[named.index(feature), place]
+
+    for low in range(3):
+        assert blame('ext_mean', **{scores[low]: 0.01}).argmax() == low
+        np.testing.assert_allclose(blame('ext_lowest', **{scores[low]: 0.01}), np.eye(3)[low])
+    for feature in ('ext_missing', 'ext_2_to_age'):
+        np.testing.assert_array_equal(blame(feature, EXT_SOURCE_1=scorer.mixture.usual['EXT_SOURCE_1'], EXT_SOURCE_2=np.nan), [0, 1, 0])
+    both = blame('ext_lowest', EXT_SOURCE_2=0.01, EXT_SOURCE_3=0.01)
+    assert both[0] == 0 and both[1] > 0.4 and both[2] > 0.4  # one of them alone would not have been let off by the other
+
+
+@settings(max_examples=examples(25))
+@given(st.data())
+def test_any_contract_shares_out_all_of_a_mixture_and_a_table_as_one_application(data):
+    contract = data.draw(contracts())
+    typed = check_frame(contract, data.draw(tables(contract))).frame
+    plan, rows = fit_plan(contract, [typed]), frame_rows(typed)
+    if not rows:
+        return
+    parts = np.random.default_rng(rows).normal(size=(rows, len(plan.names) + 1))
+    reasons = reasons_from_dict(json.loads(json.dumps(reasons_to_dict(fit_reasons(contract, plan, plan.frame(typed), parts)))), plan.names)
+    shares = mixture(reasons, plan).shares(typed)
+    assert set(reasons.mixed).isdisjoint(reasons.sources) and (shares >= 0).all()
+    np.testing.assert_allclose(shares.sum(axis=2), 1, rtol=0, atol=1e-12)
+    np.testing.assert_allclose(reasons.grouped(parts, shares).sum(axis=1), parts.sum(axis=1), rtol=0, atol=1e-9)
+    np.testing.assert_array_equal(np.concatenate([mixture(reasons, plan).shares(one(typed, i)) for i in range(rows)]), shares)
+    assert len(explain(reasons, plan.frame(typed), parts, shares)) == rows
+
+
+def test_features_that_the_plan_leaves_out_do_not_matter(synthetic):
+    scorer, some = synthetic.scorer, take(synthetic.future, slice(200))
+    kept = [n for n in scorer.plan.names if n not in ('ext_mean', 'enquiries', 'ext_to_credit')]
+    part = FeaturePlan({n: scorer.plan.outputs[n] for n in kept}, scorer.plan.levels)
+    parts = np.random.default_rng(0).normal(size=(200, len(kept) + 1))
+    whole = np.zeros((200, len(scorer.plan.names) + 1))
+    whole[:, [*map(scorer.plan.names.index, kept), -1]] = parts
+    told = [explain(r, p.frame(some), x, mixture(r, p).shares(some)) for p, x in ((part, parts), (scorer.plan, whole))
+            for r in [fit_reasons(scorer.contract, p, p.frame(some), x)]]
+    left, right = ([[{**r, 'effect': round(r['effect'], 6)} for r in row] for row in rows] for rows in told)
+    assert left == right
 
 
 @pytest.mark.parametrize('name', ['home_credit', 'taiwan', 'pi_m5'])
@@ -114,9 +179,14 @@ def test_a_bundle_without_reasons_says_so(tmp_path):
 
 
 def test_one_explanation_is_quick(synthetic):
-    from timeit import repeat
-
-    scorer = synthetic.scorer
-    features = scorer.plan.frame(take(synthetic.by_decision('decline'), slice(1)))
+    scorer, person = synthetic.scorer, one(synthetic.by_decision('decline'), 0)
+    features = scorer.plan.record(person)[None, :]
     parts = scorer.predictor.contributions(features)
-    assert min(repeat(lambda: explain(scorer.reasons, features, parts), number=50, repeat=10)) / 50 < 200e-6
+    assert min(repeat(lambda: explain(scorer.reasons, features, parts, scorer.mixture.shares(person)), number=50, repeat=10)) / 50 < 1e-3
+
+
+def test_a_thousand_explanations_are_quick(synthetic):
+    scorer, some = synthetic.scorer, take(synthetic.future, slice(1000))
+    features = scorer.plan.frame(some)
+    parts = scorer.predictor.contributions(features)
+    assert min(repeat(lambda: explain(scorer.reasons, features, parts, scorer.mixture.shares(some)), number=1, repeat=3)) < 1

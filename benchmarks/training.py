@@ -44,7 +44,7 @@ def prepare(folder: Path, threads: int) -> Any:
     from riskscore.contract import load_contract
     from riskscore.datasets import read_table
     from riskscore.features import fit_plan
-    from riskscore.models import prepare_dataset, write_features
+    from riskscore.matrix import prepare_dataset, write_features
     contract, table = load_contract(CONTRACT), folder / 'table.parquet'
     plan = fit_plan(contract, read_table(table, contract))
     write_features(folder / 'features.parquet', plan, contract, read_table(table, contract))
@@ -72,7 +72,7 @@ def time_dataset(name: str, folder: Path, threads: int) -> float:
     "Median seconds to a Dataset."
     import lightgbm as lgb
 
-    from riskscore.models import DATASET_PARAMS
+    from riskscore.matrix import DATASET_PARAMS
     given, seconds = source(name, folder), []
     for _ in range(3):
         begin = time.perf_counter()
@@ -99,13 +99,14 @@ def fit_ours(folder: Path, trees: int, threads: int, folds: int) -> None:
     "From the typed table to model text, streaming; without folds only the final fit."
     import numpy as np
 
+    from riskscore.boosting import LightGBM
     from riskscore.models import EVERY, CrossValidation, cross_validate, train
     from riskscore.split import cv_folds
     prepared = prepare(folder, threads)
     parts = cv_folds(prepared.target, {'folds': folds}) if folds else []
-    without = CrossValidation([], trees, np.empty((trees // EVERY, 0)))
-    cv = cross_validate(prepared, parts, MODEL, max_rounds=trees, threads=threads) if folds else without
-    train(prepared, parts, MODEL, cv=cv, threads=threads)
+    without = CrossValidation(trees, np.empty((trees // EVERY, 0)), np.empty(0))
+    cv = cross_validate(LightGBM(), prepared, parts, MODEL, max_rounds=trees, threads=threads) if folds else without
+    train(LightGBM(), prepared, parts, MODEL, cv=cv, threads=threads)
 
 
 def work(name: str, folder: Path, trees: int, threads: int) -> None:

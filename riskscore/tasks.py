@@ -35,7 +35,7 @@ def _fault(
         return f'cannot be read: {error}'
     return ''
 
-# %% ../nbs/52_tasks.ipynb #e6313acf
+# %% ../nbs/52_tasks.ipynb #52884941
 def finish(
     task:Any, # the Ploomber task that has just run; Ploomber passes it by name
 )->None:
@@ -48,9 +48,14 @@ def finish(
     run = _products(tasks['train']).get('run') if 'train' in tasks else None
     if run and (task.name == 'train' or 'train' in _above(task)):
         about = json.loads(run.read_text(encoding='utf-8'))
-        reports = [tasks[name] for name in (*_above(task), task.name)] if task.name == 'train' else [task]
-        for report in reports:
-            log_report(Tracking(Path(about['db']), Path(about['artifacts'])), about['run_id'], _products(report)['nb'])
+        for name in _to_file(task, tasks):
+            log_report(Tracking(Path(about['db']), Path(about['artifacts'])), about['run_id'], _products(tasks[name])['nb'])
+
+# %% ../nbs/52_tasks.ipynb #359f691b
+def _to_file(task:Any, tasks:dict[str, Any])->list[str]:
+    "Names of tasks whose reports belong to the run now: itself, and what it needs that was built before there was a run."
+    filed = [] if task.name == 'train' else [*_above(tasks['train']), 'train']
+    return [*(name for name in _above(task) if name not in filed and 'train' not in _above(tasks[name])), task.name]
 
 # %% ../nbs/52_tasks.ipynb #a7a9dd0b
 def _products(task:Any)->dict[str, Path]:

@@ -14,7 +14,9 @@ from riskscore.bundle import load_bundle
 
 ROOT = Path(__file__).resolve().parents[1]
 PLOOMBER = [sys.executable, '-c', 'from ploomber_cli.cli import cmd_router; cmd_router()']
-TASKS = ['ingest', 'split', 'features', 'train', 'evaluate', 'score', 'value']
+REPORTS = ['10_ingest', '20_split', '30_features', '35_gate', '40_train', '45_scorecard', '50_evaluate', '52_fairness', '53_reasons', '54_segments',
+           '56_rejects', '58_card', '60_score', '70_value']
+TASKS = [name[3:] for name in REPORTS]
 DUE = """import json; from ploomber.spec import DAGSpec
 dag = DAGSpec('pipeline.yaml').to_dag().render()
 print(json.dumps([name for name in dag if dag[name].exec_status.name != 'Skipped']))"""
@@ -40,7 +42,7 @@ def due(folder: Path) -> set[str]:
 def project(tmp_path_factory) -> Path:
     "A copy of the checkout, built on 1,000 synthetic applicants of history."
     folder = tmp_path_factory.mktemp('project')
-    for name in ('nbs', 'riskscore', 'data/contracts', 'pipeline.yaml', 'settings.ini'):
+    for name in ('nbs', 'riskscore', 'data/contracts', 'data/candidates', 'pipeline.yaml', 'settings.ini'):
         copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         copy(ROOT / name, folder / name)
@@ -57,7 +59,7 @@ def product(folder: Path, name: str) -> Path:
 
 def test_a_build_leaves_reports_scores_and_a_champion(project):
     reports = sorted(p.name for p in (project / 'reports/smoke').glob('*.html'))
-    assert reports == [f'{n}0_{name}.html' for n, name in enumerate(TASKS, 1)]
+    assert reports == [f'{name}.html' for name in REPORTS]
     for name in reports:
         page = (project / 'reports/smoke' / name).read_text()
         assert 'has not finished' not in page and '<script' not in page and 'http' not in page
@@ -67,16 +69,19 @@ def test_a_build_leaves_reports_scores_and_a_champion(project):
     assert len(product(project, 'value/business_value.csv').read_text().splitlines()) == 401
     run_id = json.loads(product(project, 'train/run.json').read_text())['run_id']
     files = {p.name for p in (project / 'data/mlartifacts' / run_id).rglob('*') if p.is_file()}
-    assert {*reports, 'manifest.json', 'model.txt', 'plan.json'} <= files
+    assert {*reports, 'manifest.json', 'plan.json', 'reasons.json', 'card.md', 'card.html'} <= files
     assert '1 run' not in build(project).stdout and due(project) == set()
 
 
 CODE = '\n\ndef _edited() -> int:\n    "Nothing."\n    return 1\n'
 PROSE = '\n# A comment changes no result.\n'
-FROM = {name: TASKS[i:] for i, name in enumerate(TASKS)}
+TRAINED = ['train', 'scorecard', 'evaluate', 'fairness', 'reasons', 'segments', 'card', 'score', 'value']
+FROM = {'ingest': TASKS, 'split': TASKS[1:], 'features': TASKS[2:], 'gate': ['gate', *TRAINED], 'train': TRAINED, 'score': ['score', 'value']}
 EDITS = [('core', CODE, FROM['ingest']), ('synthetic', CODE, FROM['ingest']), ('split', CODE, FROM['split']), ('feature_sets', CODE, FROM['features']),
-         ('tuning', CODE, FROM['train']), ('importance', CODE, ['evaluate']), ('batch', CODE, FROM['score']), ('value', CODE, ['value']),
-         ('cli', CODE, []), ('infer', CODE, []), ('exporter', CODE, []), ('core', PROSE, [])]
+         ('monotone', CODE, FROM['features']), ('leakage', CODE, FROM['gate']), ('infer', CODE, FROM['gate']), ('tuning', CODE, FROM['train']),
+         ('forest', CODE, FROM['train']), ('importance', CODE, ['evaluate', 'card']), ('fairness', CODE, ['fairness', 'card']),
+         ('swap', CODE, ['scorecard']), ('rejects', CODE, ['rejects', 'card']), ('card', CODE, ['card']), ('batch', CODE, FROM['score']),
+         ('value', CODE, ['value']), ('cli', CODE, []), ('core', PROSE, [])]
 DUE_AFTER = """import json, pathlib, sys; from ploomber.spec import DAGSpec
 for module, text, expected in json.load(sys.stdin):
     path = pathlib.Path('riskscore', f'{module}.py')

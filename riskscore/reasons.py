@@ -359,7 +359,7 @@ def reasons_to_dict(
     "Reasons as they are stored."
     return {k: {n: list(t) for n, t in v.items()} if isinstance(v, dict) else list(v) for k, v in asdict(reasons).items()}
 
-# %% ../nbs/06_reasons.ipynb #9ca23ed3
+# %% ../nbs/06_reasons.ipynb #7cccd84b
 def reasons_from_dict(
     content:Any, # what reasons_to_dict gave
     names:Sequence[str], # features of the plan that they belong to
@@ -369,9 +369,10 @@ def reasons_from_dict(
         plain = {f.name: content[f.name] for f in fields(Reasons)}
         frozen: dict[str, Any] = {k: {n: tuple(t) for n, t in v.items()} if isinstance(v, dict) else tuple(v) for k, v in plain.items()}
         reasons = Reasons(**frozen)
+        known = {*reasons.features, *reasons.mixed, *reasons.sources}
     except (KeyError, TypeError, AttributeError) as error:
         raise RiskError(f'These are no reasons: {type(error).__name__} {error}. Train again.') from error
-    if list(reasons.features) != list(names):
-        odd = sorted(set(reasons.features) ^ set(names)) or ['their order']
+    if list(reasons.features) != list(names) or known != set(names):
+        odd = sorted(known ^ set(names)) or ['their order']
         raise RiskError(f'The reasons are of other features than the plan: {listing(odd)}. Train again.')
     return reasons

@@ -48,7 +48,7 @@ def _forest_text(trees:list[Any], features:int, prior:float)->str:
             'feature_infos=' + ' '.join(['[-inf:inf]'] * features), 'tree_sizes=' + ' '.join(str(len(b)) for b in blocks)]
     return '\n'.join(head) + '\n\n' + ''.join(blocks) + 'end of trees\n\nfeature_importances:\n\nparameters:\nend of parameters\n\npandas_categorical:null\n'
 
-# %% ../nbs/27_forest.ipynb #2be21ddb
+# %% ../nbs/27_forest.ipynb #b85a59c0
 class Forest(RowsFamily):
     "Random forest (Breiman, 2001) with votes in log-odds."
 
@@ -56,8 +56,8 @@ class Forest(RowsFamily):
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."
-        return {'n_estimators': 200, 'max_leaf_nodes': 128, 'min_samples_leaf': int(np.clip(rows // 400, 5, 200)),
-                'max_features': round(float(np.clip(30 / features, 0.1, 1)), 2)}
+        return {'n_estimators': 120, 'max_leaf_nodes': 128, 'min_samples_leaf': int(np.clip(rows // 400, 5, 200)),
+                'max_features': round(float(np.clip(15 / features, 0.08, 1)), 2)}
 
     def space(self, rows:int, features:int)->dict[str, Any]:
         "Size of the leaves, and how many features a split may choose from."

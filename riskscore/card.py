@@ -19,11 +19,17 @@ from .exporter import PAGE_CSS
 from .metrics import metric_table
 from .reports import FRAGMENT_CSS
 
-# %% ../nbs/45_card.ipynb #15e3c980
+# %% ../nbs/45_card.ipynb #f3761c47
 def _cell(value:Any)->str:
     "A value as a cell of a Markdown table."
     text = '–' if value is None else f'{value:,.4g}' if isinstance(value, float) else str(value)
-    return html.escape(text, quote=False).replace('|', '\\|').replace('\n', ' ')
+    text = text if text.startswith('`') else html.escape(text, quote=False)
+    return text.replace('|', '\\|').replace('\n', ' ')
+
+# %% ../nbs/45_card.ipynb #9bf27ae6
+def _code(text:str)->str:
+    "Text as code, where markup is text anyway."
+    return '`' + text.replace('`', "'").replace('\n', ' ') + '`'
 
 # %% ../nbs/45_card.ipynb #0ba6d45b
 def _table(columns:Mapping[str, Iterable[Any]])->str:
@@ -32,7 +38,7 @@ def _table(columns:Mapping[str, Iterable[Any]])->str:
     lines = [list(columns), ['---'] * len(columns), *([_cell(v) for v in row] for row in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/45_card.ipynb #7f7e2f28
+# %% ../nbs/45_card.ipynb #4b5e6843
 _Evidence = Mapping[str, Any] # name of a task's result to its content
 
 
@@ -43,13 +49,13 @@ def _purpose(scorer:Scorer, evidence:_Evidence)->str:
     meaning = f' ({target.note})' if target and target.note else ''
     rivals = len(evidence.get('leaderboard', {}).get('candidate', [1]))
     return (f'This model estimates, for an application described by the contract **{html.escape(contract.title or contract.name)}**, the probability '
-            f"of default: that `{html.escape(target.name if target else 'the outcome')}` takes its bad value{html.escape(meaning)}. It supports a decision "
+            f"of default: that {_code(target.name) if target else 'the outcome'} takes its bad value{html.escape(meaning)}. It supports a decision "
             f"to approve, refer or decline. It was chosen among {rivals} candidates and belongs to the family *{about.get('family', 'unknown')}*.\n\n"
             'It is meant for applications of the same kind, from the same channels and with the same products as its history. It is not meant for other '
             'products or countries, for customers who have a loan already, for setting prices, or for deciding without a person whom an applicant can ask. '
             'Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
 
-# %% ../nbs/45_card.ipynb #da25222b
+# %% ../nbs/45_card.ipynb #b839b2c1
 _ROLE_WORDS = {'protected': 'Protected, never a feature, measured for fairness', 'leak': 'Known only after the decision, never a feature',
                'excluded': 'Left out for other reasons'}
 
@@ -63,8 +69,8 @@ def _data(scorer:Scorer, evidence:_Evidence)->str:
         for column, value in zip(rows.values(), cells, strict=True):
             column.append(value)
     by_role = {role: [c.name for c in scorer.contract.columns.values() if c.role == role] for role in _ROLE_WORDS}
-    left = '\n'.join(f'- {what}: {", ".join(f"`{html.escape(n)}`" for n in by_role[role]) or "none"}.' for role, what in _ROLE_WORDS.items())
-    bound = [f'`{html.escape(c.name)}` ({c.monotone})' for c in scorer.contract.columns.values() if c.monotone]
+    left = '\n'.join(f'- {what}: {", ".join(map(_code, by_role[role])) or "none"}.' for role, what in _ROLE_WORDS.items())
+    bound = [f'{_code(c.name)} ({c.monotone})' for c in scorer.contract.columns.values() if c.monotone]
     return (f'{_table(rows) if parts else "The split was not recorded."}\n\n'
             f'The model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n'
             f'- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
@@ -91,16 +97,16 @@ def _performance(scorer:Scorer, evidence:_Evidence)->str:
     return ('Intervals are 95%. History is out of fold: each application was scored by a model that had not seen it. The future was seen by no model.'
             f'\n\n{_table(words)}{rivals}')
 
-# %% ../nbs/45_card.ipynb #5cc8745f
+# %% ../nbs/45_card.ipynb #2865a955
 def _decisions(scorer:Scorer, evidence:_Evidence)->str:
     "What it decides."
     policy = scorer.policy
-    rules = _table({'rule': [r['name'] for r in policy.knockouts], 'when': [f"`{r.get('text', r['name'])}`" for r in policy.knockouts],
+    rules = _table({'rule': [r['name'] for r in policy.knockouts], 'when': [_code(r.get('text', r['name'])) for r in policy.knockouts],
                     'decision': [r['decision'] for r in policy.knockouts]}) if policy.knockouts else 'There are no knock-out rules.'
     worth = {name: policy.value[name] for name in DECISIONS}
     parts = {'a good application': 'good', 'a bad application': 'bad', 'fixed': 'fixed'}
     money = _table({'decision': list(worth), **{title: [v.get(key, 0.0) for v in worth.values()] for title, key in parts.items()}})
-    per = f'Per unit of `{html.escape(policy.amount)}`' if policy.amount else 'Per application'
+    per = f'Per unit of {_code(policy.amount)}' if policy.amount else 'Per application'
     told = evidence.get('reasons') or {}
     reasons = told.get('verdict') or 'Whether the stated reasons are faithful was not measured.'
     return (f'Approve below a pd of {policy.approve_below:.2%}, decline from {policy.decline_from:.2%}, refer between. '

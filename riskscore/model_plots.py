@@ -6,7 +6,7 @@
 __all__ = ['Samples', 'roc_figure', 'pr_figure', 'ks_figure', 'calibration_figure', 'gain_figure', 'lift_figure', 'score_figure',
            'effect_figure', 'growth_figure']
 
-# %% ../nbs/42_model_plots.ipynb #7c7bbd68
+# %% ../nbs/42_model_plots.ipynb #d6ebc5be
 from collections.abc import Mapping
 from itertools import cycle
 from typing import Any
@@ -17,6 +17,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from .core import Frame, RiskError
+from .metrics import jeffreys_interval
 from .plots import COLOURS, add_legend, name_rows, new_axes, percent
 from .ranking import auc_interval, checked, curve, gain_table, ks, pr_auc
 from .reliability import calibration_table
@@ -74,14 +75,14 @@ def ks_figure(
     add_legend(axes, loc='upper right')
     return figure
 
-# %% ../nbs/42_model_plots.ipynb #13bb9a23
+# %% ../nbs/42_model_plots.ipynb #bda82c53
 def calibration_figure(
     y:npt.ArrayLike, # (n,) outcomes: 1 = bad
     pd:npt.ArrayLike, # (n,) probabilities of default
     bins:int=10, # bins of equal size
 )->Figure:
     "Bad rate against pd by bin, with intervals."
-    table = calibration_table(y, pd, bins)
+    table = calibration_table(y, pd, bins, jeffreys_interval)
     figure, axes = new_axes('Stated pd (%, mean of the group)', 'Bad rate (% of the group)', (4.8, 4))
     end = 1.05 * max(table['pd'].max(), table['high'].max())
     axes.plot([0, end], [0, end], color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)), label='stated = happened')
@@ -164,7 +165,7 @@ def score_figure(
     add_legend(axes, loc='upper left', bbox_to_anchor=(0, 0.93))
     return figure
 
-# %% ../nbs/42_model_plots.ipynb #53152110
+# %% ../nbs/42_model_plots.ipynb #a30f5e81
 def effect_figure(
     table:Frame, # columns feature, fifth_1 to fifth_5 and missing, as `shap_importance` gives them
     top:int=12, # how many features
@@ -173,7 +174,7 @@ def effect_figure(
     rows = np.flatnonzero(np.isfinite(table['fifth_1']) | np.isfinite(table['missing']))[:top][::-1]
     if not len(rows):
         raise RiskError('There is no feature to draw: expected at least one that is not a category.')
-    figure, axes = new_axes('Change of the log-odds of default (right: riskier)', '', (5.6, 0.9))
+    figure, axes = new_axes('Log-odds of default (right: riskier)', '', (5.6, 0.9))
     name_rows(axes, [str(name) for name in table['feature'][rows]])
     for n, strength in enumerate((0.2, 0.4, 0.6, 0.8, 1), 1):
         label = {1: 'lowest fifth', 5: 'highest fifth'}.get(n)

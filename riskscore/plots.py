@@ -91,7 +91,7 @@ def to_svg(
     svg = re.sub(r' font-family: [^;]*;', '', svg).replace('<svg', '<svg font-family="sans-serif"', 1)
     return re.sub(r'\s*\n\s*', '\n', re.sub(r'<g>\s*</g>|<g ?/>', '', svg)).strip()
 
-# %% ../nbs/40_plots.ipynb #e2e732e0
+# %% ../nbs/40_plots.ipynb #0b8c3fbe
 def name_rows(
     axes:Axes, # axes whose rows are 0, 1, ... upwards
     names:Sequence[str], # name of each row, the lowest first
@@ -99,11 +99,11 @@ def name_rows(
 )->None:
     "Names the rows, and makes the figure as high as they need."
     axes.set_xlabel(textwrap.fill(axes.get_xlabel(), 44))
-    axes.xaxis.set_major_locator(MaxNLocator(5))
-    lines = ['\n'.join(textwrap.wrap(str(name), 32, max_lines=2, placeholder='…')) for name in names]
-    axes.set_yticks(range(len(lines)), lines, color=COLOURS['ink'], linespacing=1)
+    axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 5, 10]))
+    lines = ['\n'.join(textwrap.wrap(str(name), 32, max_lines=3, placeholder='…')) for name in names]
+    axes.set_yticks(range(len(lines)), lines, color=COLOURS['ink'], linespacing=1.1)
     figure = axes.get_figure(root=True)
-    figure.set_figheight(figure.get_figheight() + len(lines) * (height + 0.1 * any('\n' in name for name in lines)))  # type: ignore[union-attr]
+    figure.set_figheight(figure.get_figheight() + len(lines) * (height + 0.13 * max(name.count('\n') for name in [*lines, ''])))  # type: ignore[union-attr]
 
 # %% ../nbs/40_plots.ipynb #ee111990
 def bar_figure(

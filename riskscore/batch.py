@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'newest_file', 'rejected_path', 'BatchRun', 'append_log', 'score_batch']
 
-# %% ../nbs/30_batch.ipynb #c72c202a
+# %% ../nbs/30_batch.ipynb #6f25ad4f
 import csv
 import fcntl
 import io
@@ -27,7 +27,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from .bundle import Scorer, load_bundle
-from .contract import Contract, _limit_masks
+from .contract import LANGUAGES, Contract, _limit_masks
 from .core import Frame, RiskError, atomic_path, digest_file, listing, suggest
 from .datasets import Batch, Join, read_frames, read_ids
 from .ingest import with_related
@@ -116,13 +116,14 @@ def _id_column(
         return column.name, column_from_numpy(ids[keep], ~known[keep], pa.int64())
     return column.name, frame_batch({column.name: batch.frame[column.name][keep]}).column(0)
 
-# %% ../nbs/30_batch.ipynb #02ed87c2
+# %% ../nbs/30_batch.ipynb #e9cab7e1
 def _answers(
     batch:Batch, # typed rows
     keep:npt.NDArray[np.intp], # positions of the rows that are scored
     features:npt.NDArray[np.float32], # (rows, features) of all rows
     scorer:Scorer, # the model
-    threads:int, # threads of LightGBM
+    threads:int, # of the model's library
+    explain:str|None=None, # language of the reasons; None for none
 )->Frame: # answers of the rows in `keep`
     "Scores rows of a batch."
     policy, target = scorer.policy, scorer.contract.target
@@ -133,7 +134,27 @@ def _answers(
                'value': policy.expected(pd, amount, decision), 'amount': amount}
     if target and target.name in batch.raw.schema.names:
         answers['outcome'] = batch.frame[target.name][keep]
-    return answers | {'flags': _flags(batch, scorer.contract)[keep]}
+    answers['flags'] = _flags(batch, scorer.contract)[keep]
+    return answers | {'reasons': _reason_texts(batch, keep, features, scorer, decision, explain, threads)} if explain else answers
+
+# %% ../nbs/30_batch.ipynb #a271e1a9
+def _reason_texts(
+    batch:Batch, # typed rows
+    keep:npt.NDArray[np.intp], # positions of the rows that are scored
+    features:npt.NDArray[np.float32], # (rows, features) of all rows
+    scorer:Scorer, # a bundle with reasons
+    decision:npt.NDArray[np.object_], # (kept rows,) decisions
+    language:str, # en or es
+    threads:int, # of the model's library
+)->npt.NDArray[np.object_]: # (kept rows,) text; None for those who are approved
+    "Reasons of those who are not approved."
+    texts = np.full(len(keep), None, dtype=object)
+    refused = np.flatnonzero(decision != 'approve')
+    if len(refused):
+        rows, read = keep[refused], {*scorer.plan.columns, *scorer.policy.rules.columns}
+        told = scorer.explain({name: batch.frame[name][rows] for name in read}, features[rows], threads=threads)
+        texts[refused] = ['; '.join(reason[language] for reason in row) for row in told]
+    return texts
 
 # %% ../nbs/30_batch.ipynb #51283500
 def _table(
@@ -243,12 +264,13 @@ def _prepared(
         distinct = {name: (column.values, column.codes) for name, column in batch.typed.items() if column.codes is not None}
         yield batch, scorer.plan.frame(batch.frame, distinct=distinct)
 
-# %% ../nbs/30_batch.ipynb #c89ec050
+# %% ../nbs/30_batch.ipynb #3538569c
 def _write(
     run:BatchRun, # where to write; totals are added
     prepared:Iterable[tuple[Batch, npt.NDArray[np.float32]]], # typed rows and their features
     scorer:Scorer, # the model
-    threads:int, # threads of LightGBM
+    threads:int, # of the model's library
+    explain:str|None, # language of the reasons; None for none
     progress:Callable[[int], Any]|None, # called with the number of rows done so far
 )->None:
     "Scores batch after batch into the files of a run."
@@ -256,7 +278,7 @@ def _write(
         refusals, result = files.enter_context(_open_refusals(run.out)), None
         for batch, features in prepared:
             keep = np.flatnonzero(~batch.bad_rows)
-            answers = _answers(batch, keep, features, scorer, threads)
+            answers = _answers(batch, keep, features, scorer, threads, explain)
             table = _table(answers, *_id_column(batch, keep, scorer.contract),
                            {'model_version': scorer.version, 'policy_version': scorer.policy.version})
             result = result or files.enter_context(open_result(run.out, table.schema))
@@ -311,20 +333,23 @@ def _keep(
         'seconds': round(run.seconds, 3), 'output': kept / answers})
     return kept
 
-# %% ../nbs/30_batch.ipynb #e920f667
+# %% ../nbs/30_batch.ipynb #2acdf277
 def score_batch(
     source:str|Path, # a file of applications; of a folder or pattern the newest file
     bundle:Scorer|str|Path, # a loaded bundle, its directory, or a pointer such as data/models/champion.json
     out:str|Path, # answers: .csv or .parquet; rows set aside are listed in OUT.rejected.csv
-    threads:int=1, # threads of LightGBM
+    threads:int=1, # of the model's library
     archive:str|Path|None=None, # folder that keeps a copy and a line in log.csv for each run; None keeps nothing
     related:str|Path|None=None, # folder of the related tables that the contract names
     ignore_unknown:bool=False, # are unknown columns never renamed ones?
     progress:Callable[[int], Any]|None=None, # called with the number of rows done so far
+    explain:str|None=None, # language, en or es, in which those who are not approved get reasons; None for none
 )->BatchRun: # counts, decisions, value, and what a person should know
     "Scores a file of applications in bounded memory."
     started = time.perf_counter()
     result_format(out)
+    if explain not in (None, *LANGUAGES):
+        raise RiskError(f"Reasons can be given in {' or '.join(LANGUAGES)}, not in {explain!r}.")
     file, note = newest_file(source, out)
     if file.resolve() == Path(out).resolve():
         raise RiskError(f'{out} holds the applications; writing the answers there would destroy them. Choose another name.')
@@ -333,7 +358,7 @@ def score_batch(
     join = with_related(scorer.contract, related)[1]
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(digest_file, file)
-        _write(run, _ahead(_prepared(run, scorer, join, ignore_unknown)), scorer, threads, progress)
+        _write(run, _ahead(_prepared(run, scorer, join, ignore_unknown)), scorer, threads, explain, progress)
         run.digest = digest.result()
     run.seconds = time.perf_counter() - started
     run.kept = None if archive is None else _keep(run, Path(archive))

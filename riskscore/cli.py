@@ -6,7 +6,7 @@
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'policy_commands', 'show', 'set_policy',
            'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #6bdd8bd2
+# %% ../nbs/51_cli.ipynb #6e9a4bfd
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from . import __version__
-from .contract import DECISIONS, Contract, load_contract
+from .contract import DECISIONS, LANGUAGES, Contract, load_contract
 from .core import RiskError, frame_rows, listing, suggest, write_text
 
 if TYPE_CHECKING:
@@ -202,7 +202,7 @@ def _section(
     if lines:
         click.echo('\n'.join([f'{title}: {len(lines)}', *(f'  - {line}' for line in lines)]))
 
-# %% ../nbs/51_cli.ipynb #331a8b56
+# %% ../nbs/51_cli.ipynb #bcf1a5d7
 @main.command(short_help='Score a file of applications.',
               epilog='Example: riskscore score applications.csv -o predictions.csv')
 @click.argument('source')
@@ -211,6 +211,7 @@ def _section(
 @click.option('--threads', type=click.IntRange(1), help='Threads of the model; without it, one for each processor.')
 @click.option('--related', type=click.Path(exists=True, file_okay=False), help='Folder of the related tables that the contract names.')
 @click.option('--ignore-unknown', is_flag=True, help='Unknown columns are extras, also where others are missing.')
+@click.option('--explain', type=click.Choice(LANGUAGES), help='Give those who are not approved reasons, in English or Spanish.')
 @click.option('--archive', default='data/batches', show_default=True, help='Folder that keeps a copy of each run and a log.')
 @click.option('--no-archive', is_flag=True, help='Keep no copy and write no log.')
 @click.pass_context
@@ -222,6 +223,7 @@ def score(
     threads:int|None, # of the model
     related:str|None, # folder of related tables
     ignore_unknown:bool, # unknown columns are extras
+    explain:str|None, # language of reasons
     archive:str, # folder of all runs
     no_archive:bool, # keep nothing
 )->None: # prints a summary
@@ -230,7 +232,7 @@ def score(
 
     threads = threads or len(os.sched_getaffinity(0))
     with _progress('scoring') as progress:
-        run = score_batch(source, model, out, threads, None if no_archive else archive, related, ignore_unknown, progress)
+        run = score_batch(source, model, out, threads, None if no_archive else archive, related, ignore_unknown, progress, explain)
     click.echo('\n'.join(_summary(run)))
     ctx.exit(0 if run.scored else 1)
 

@@ -3,6 +3,7 @@ import json
 from timeit import repeat
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from explained import explained, one, take
 from generators import contracts, examples, tables
@@ -10,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_bundle import applications, small_bundle
 
+from riskscore.batch import score_batch
 from riskscore.bundle import load_bundle
 from riskscore.contract import LANGUAGES, check_frame, load_contract
 from riskscore.core import RiskError, frame_rows
@@ -190,3 +192,18 @@ def test_a_thousand_explanations_are_quick(synthetic):
     features = scorer.plan.frame(some)
     parts = scorer.predictor.contributions(features)
     assert min(repeat(lambda: explain(scorer.reasons, features, parts, scorer.mixture.shares(some)), number=1, repeat=3)) < 1
+
+
+def test_a_batch_gives_those_who_are_not_approved_the_reasons_of_a_record(tmp_path):
+    contract = load_contract('data/contracts/home_credit.yaml')
+    write_home_credit(tmp_path / 'loans.parquet', 1_200)
+    scorer = explained(tmp_path, tmp_path / 'loans.parquet', contract, rows=1_200).scorer
+    score_batch(tmp_path / 'loans.parquet', scorer, tmp_path / 'out.parquet', explain='es')
+    out, raw = pq.read_table(tmp_path / 'out.parquet').to_pydict(), pq.read_table(tmp_path / 'loans.parquet').to_pylist()
+    assert [text is None for text in out['reasons']] == [decision == 'approve' for decision in out['decision']]
+    for row in np.flatnonzero(np.array(out['decision']) != 'approve')[:20]:
+        assert out['reasons'][row] == '; '.join(r['es'] for r in scorer.record(raw[row], explain=True)['reasons'])
+    score_batch(tmp_path / 'loans.parquet', scorer, tmp_path / 'plain.parquet')
+    assert 'reasons' not in pq.read_table(tmp_path / 'plain.parquet').column_names
+    with pytest.raises(RiskError, match='en or es'):
+        score_batch(tmp_path / 'loans.parquet', scorer, tmp_path / 'x.parquet', explain='fr')

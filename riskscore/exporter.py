@@ -55,7 +55,7 @@ a {color: var(--link)} a:focus-visible {outline: 2px solid var(--link); outline-
 .contents {display: none}
 '''
 
-# %% ../nbs/44_exporter.ipynb #8d72040b
+# %% ../nbs/44_exporter.ipynb #cf05f06c
 PAGE_CSS += '''
 h1 {font-size: 1.9em; line-height: 1.2; margin: 1.1em 0 .5em; letter-spacing: -.012em; text-wrap: balance}
 h2 {font-size: 1.3em; line-height: 1.3; margin: 2.2em 0 .4em; padding-top: .9em; border-top: 1px solid var(--rule)}
@@ -77,8 +77,7 @@ img {max-width: 100%; height: auto} blockquote {margin: 1em 0; padding-left: 1em
   --figure-grid: #ddd} .top nav, .contents {display: none} .sheet {display: block; padding: 0} body {font-size: 10.5pt}
   * {-webkit-print-color-adjust: exact; print-color-adjust: exact}
   h2, h3 {break-after: avoid} figure, tr, .rs-tiles, .rs-headline {break-inside: avoid}
-  .rs-scroll, .rs-figure {overflow: visible} .rs-scroll {background: none} .rs-table {font-size: 8.5pt}
-  .rs-table th, .rs-table td {padding: .25em .4em} @page {margin: 16mm}}
+  .text_cell {break-after: avoid} .words dt, .words dd {break-inside: avoid} @page {margin: 16mm}}
 '''
 
 # %% ../nbs/44_exporter.ipynb #d819f31b

@@ -105,7 +105,7 @@ def name_rows(
     figure = axes.get_figure(root=True)
     figure.set_figheight(figure.get_figheight() + len(lines) * (height + 0.13 * max(name.count('\n') for name in [*lines, ''])))  # type: ignore[union-attr]
 
-# %% ../nbs/40_plots.ipynb #ee111990
+# %% ../nbs/40_plots.ipynb #92c6629b
 def bar_figure(
     values:Mapping[str, float], # name -> value
     label:str, # what the values are, with their unit
@@ -127,16 +127,17 @@ def bar_figure(
         axes.annotate(format(value, form).replace('-', '−'), (max(end, 0), row), (4, 0), textcoords='offset points', va='center', **_SMALL)
     axes.grid(visible=False, axis='y')
     axes.margins(x=0.12, y=0.02)
+    if form.endswith('%'):
+        percent(axes, 'x')
     return figure
 
-# %% ../nbs/40_plots.ipynb #0fadc0b6
+# %% ../nbs/40_plots.ipynb #a0f5df8a
 def null_figure(
     shares:Mapping[str, float], # column -> share of missing values, 0 to 1
     top:int=25, # how many of the emptiest columns to show
 )->Figure:
     "Columns with the largest shares of missing values."
     figure = bar_figure(shares, 'Missing values (% of rows)', top, '.1%')
-    percent(figure.axes[0], 'x')
     figure.axes[0].set_xlim(0, 1.12)
     return figure
 
@@ -160,7 +161,7 @@ def folds_figure(
     add_legend(axes, loc='upper center', bbox_to_anchor=(0.5, 1.15))
     return figure
 
-# %% ../nbs/40_plots.ipynb #4ebe61f1
+# %% ../nbs/40_plots.ipynb #64f68e81
 def tuning_figure(
     values:Sequence[float], # the metric of each trial, in order
     pruned:Sequence[bool]|None=None, # True for a trial that was stopped early
@@ -178,5 +179,5 @@ def tuning_figure(
     best = better * np.maximum.accumulate(np.where(usable, better * scores, -np.inf))
     axes.step(trials[np.isfinite(best)], best[np.isfinite(best)], where='post', color=COLOURS['second'], label='best so far')
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    add_legend(axes, loc='lower right')
+    add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3)
     return figure

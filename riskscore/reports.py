@@ -77,7 +77,7 @@ def short_numbers(
     "Shortens the fractions in a text."
     return re.sub(r'\d+\.\d+(?:e-?\d+)?', lambda m: f'{float(m[0]):.0f}' if float(m[0]) >= 1000 else f'{float(m[0]):.4g}', text)
 
-# %% ../nbs/41_reports.ipynb #4f44420c
+# %% ../nbs/41_reports.ipynb #7d632df7
 FRAGMENT_CSS = '''
 .rs-headline {border-left: 5px solid #00798c; background: color-mix(in srgb, #00798c 9%, transparent); padding: .9em 1.2em; margin: 1em 0;
   border-radius: 0 8px 8px 0; font-size: 1.08em; line-height: 1.55}
@@ -90,10 +90,11 @@ FRAGMENT_CSS = '''
 .rs-tile dt {font-size: .82em; opacity: .75; font-weight: 400; margin: 0}
 .rs-tile dd {font-size: 1.5em; font-weight: 650; line-height: 1.2; margin: .1em 0; font-variant-numeric: tabular-nums;
   overflow-wrap: anywhere}
+.rs-tile dd.long {font-size: 1.25em; line-height: 1.44} .rs-tile dd.long small {font-size: .65em}
 .rs-tile small {display: block; font-size: .54em; font-weight: 400; line-height: 1.35; opacity: .75; margin-top: .25em}
 '''
 
-# %% ../nbs/41_reports.ipynb #82633498
+# %% ../nbs/41_reports.ipynb #bf3878e6
 FRAGMENT_CSS += '''
 .rs-scroll {overflow-x: auto; margin: 1em 0; container-type: inline-size; background-repeat: no-repeat;
   background-attachment: local, local, scroll, scroll; background-position: 0 0, 100% 0, 0 0, 100% 0;
@@ -105,7 +106,7 @@ FRAGMENT_CSS += '''
 .rs-table caption span {display: inline-block; position: sticky; left: 0; max-width: 100cqw}
 .rs-table th, .rs-table td {padding: .38em .7em; text-align: left; vertical-align: top; border: 0; background-color: transparent}
 .rs-table thead th {border-bottom: 2px solid color-mix(in srgb, currentColor 30%, transparent); font-weight: 600; vertical-align: bottom}
-.rs-table td:first-child:not(.n), .rs-table td:last-child:not(.n) {min-width: 8em}
+.rs-table td:first-child:not(.n), .rs-table td:last-child:not(.n) {min-width: 6.5em}
 .rs-table tbody td {border-bottom: 1px solid color-mix(in srgb, currentColor 10%, transparent)}
 .rs-table .n {text-align: right; font-variant-numeric: tabular-nums} .rs-table td.n {white-space: nowrap}
 .rs-table .b {background: linear-gradient(90deg, color-mix(in srgb, #00798c 26%, transparent) var(--share), transparent 0)
@@ -114,6 +115,9 @@ FRAGMENT_CSS += '''
 .rs-figure {margin: 1em 0; overflow-x: auto} .rs-figure svg {width: 100%; min-width: 21em; height: auto; display: block}
 .rs-figure svg {font-family: inherit}
 .rs-figure figcaption {font-size: .92em; opacity: .85; margin-top: .3em; max-width: 48em}
+@media print {.rs-scroll, .rs-figure {overflow: visible} .rs-scroll {background: none; container-type: normal}
+  .rs-table {font-size: 8pt} .rs-table th, .rs-table td {padding: .25em .4em} .rs-table caption span {max-width: none}
+  .rs-table td:first-child:not(.n), .rs-table td:last-child:not(.n) {min-width: 0} .rs-table caption, .rs-table thead {break-after: avoid}}
 '''
 
 # %% ../nbs/41_reports.ipynb #6ffce678
@@ -150,7 +154,7 @@ def headline(
     "Keeps a place for the conclusion; call it in the first cell that runs."
     return Headline(display(_headline([text], 'warn'), display_id=True))
 
-# %% ../nbs/41_reports.ipynb #61a7bd9a
+# %% ../nbs/41_reports.ipynb #7dd511a9
 def key_figures(
     figures:Mapping[str, object], # name -> value, in the order shown
     notes:Mapping[str, str]|None=None, # name -> what to compare it with
@@ -158,8 +162,9 @@ def key_figures(
 )->HTML:
     "A row of tiles."
     notes, formats = notes or {}, formats or {}
-    tiles = [f'<div class="rs-tile"><dt>{escape(name)}</dt><dd>{escape(show_value(value, formats.get(name)))}'
-             f'<small>{escape(notes.get(name, ""))}</small></dd></div>' for name, value in figures.items()]
+    shown = {name: show_value(value, formats.get(name)) for name, value in figures.items()}
+    tiles = [f'<div class="rs-tile"><dt>{escape(name)}</dt><dd{" class=long" if len(text) > 8 else ""}>{escape(text)}'
+             f'<small>{escape(notes.get(name, ""))}</small></dd></div>' for name, text in shown.items()]
     return HTML(f'<dl class="rs-tiles">{"".join(tiles)}</dl>')
 
 # %% ../nbs/41_reports.ipynb #2080db51

@@ -5,13 +5,13 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Candidate', 'load_candidates', 'Cost', 'Entry', 'compare', 'leaderboard', 'leaderboard_words']
 
-# %% ../nbs/29_candidates.ipynb #b88f338d
+# %% ../nbs/29_candidates.ipynb #bd11fc35
 import os
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from .ranking import auc_difference, auc_interval
 from .rivals import CatBoost, XGBoost
 from .scorecard import Scorecard
 from .split import Folds
-from .tuning import Trial, check_space, fold_scores, merit, search
+from .tuning import Search, Trial, check_space, fold_scores, merit, search
 
 # %% ../nbs/29_candidates.ipynb #06423817
 FAMILIES: dict[str, Callable[[], Family]] = {'lightgbm': LightGBM, 'logistic': Logistic, 'scorecard': Scorecard, 'forest': Forest,
@@ -137,7 +137,7 @@ def _answer_time(predictor:Predictor, data:Prepared, answers:int=200)->float:
         times.append(time.perf_counter() - begin)
     return float(np.median(times)) * 1e6
 
-# %% ../nbs/29_candidates.ipynb #523004ca
+# %% ../nbs/29_candidates.ipynb #eef778db
 @dataclass(frozen=True)
 class Entry:
     "A candidate and how it did."
@@ -150,12 +150,12 @@ class Entry:
     cost: Cost
     trials: tuple[Trial, ...] = () # of the search, if there was one
     chosen: int = 0 # trial that was kept
+    history: tuple[Mapping[str, Sequence[float]], ...] = () # of each fold, what the family kept while it learnt with these parameters
 
     def curves(self)->dict[str, list[float]]:
         "Mean over the folds, look by look: the AUC, and what else the family kept while it learnt."
-        histories: list[dict[str, list[float]]] = getattr(self.candidate.family, 'history', [])
-        looks = min((len(values) for history in histories for values in history.values()), default=0)
-        kept = {name: np.mean([history[name][:looks] for history in histories], axis=0).tolist() for name in (histories[0] if histories else ())}
+        looks = min((len(values) for fold in self.history for values in fold.values()), default=0)
+        kept = {name: np.mean([fold[name][:looks] for fold in self.history], axis=0).tolist() for name in (self.history[0] if self.history else ())}
         return {'cv_auc': self.cv.curve.mean(axis=1).tolist(), **{f'cv_{name}': values for name, values in kept.items()}}
 
 # %% ../nbs/29_candidates.ipynb #38a88aef
@@ -192,13 +192,14 @@ def compare(
             entries[i] = _searched(entry, found, data, settings)
     return sorted(entries, key=lambda e: -merit(e.scores, robust))
 
-# %% ../nbs/29_candidates.ipynb #3e3b46d0
+# %% ../nbs/29_candidates.ipynb #b6b6eba7
 def _tried(candidate:Candidate, data:Prepared, folds:Folds, rule:Mapping[str, Any], settings:Mapping[str, Any])->Entry:
     "A candidate with its defaults and what is fixed."
     params = candidate.family.defaults(len(data.target), len(data.names)) | dict(candidate.fixed)
     cv = cross_validate(candidate.family, data, folds, params, **settings)
+    history = tuple(getattr(candidate.family, 'history', ()))
     predictor, cost = _fitted(candidate.family, data, params, cv.rounds, settings)
-    return Entry(candidate, params, cv, fold_scores(rule['by'], data.target, folds, cv.margins, rule['cut']), predictor, cost)
+    return Entry(candidate, params, cv, fold_scores(rule['by'], data.target, folds, cv.margins, rule['cut']), predictor, cost, history=history)
 
 # %% ../nbs/29_candidates.ipynb #cc1da931
 def _fitted(kind:Family, data:Prepared, params:Mapping[str, Any], rounds:int, settings:Mapping[str, Any])->tuple[Predictor, Cost]:
@@ -208,12 +209,12 @@ def _fitted(kind:Family, data:Prepared, params:Mapping[str, Any], rounds:int, se
     cost.microseconds = _answer_time(predictor, data)
     return predictor, cost
 
-# %% ../nbs/29_candidates.ipynb #bd8d34dc
-def _searched(entry:Entry, found:Any, data:Prepared, settings:Mapping[str, Any])->Entry:
+# %% ../nbs/29_candidates.ipynb #5590a8e2
+def _searched(entry:Entry, found:Search, data:Prepared, settings:Mapping[str, Any])->Entry:
     "A candidate after its search."
-    predictor, cost = entry.predictor, entry.cost
-    if found.chosen:
-        predictor, cost = _fitted(entry.candidate.family, data, found.params, found.cv.rounds, settings)
+    if not found.chosen:
+        return replace(entry, trials=tuple(found.trials))
+    predictor, cost = _fitted(entry.candidate.family, data, found.params, found.cv.rounds, settings)
     return Entry(entry.candidate, found.params, found.cv, found.scores, predictor, cost, tuple(found.trials), found.chosen)
 
 # %% ../nbs/29_candidates.ipynb #ca69446e

@@ -62,7 +62,7 @@ def decision_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=3, handlelength=1)
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #7fd37b05
+# %% ../nbs/43_value_plots.ipynb #7cdaa59d
 def value_figure(
     pd:npt.ArrayLike, # (n,) probabilities of default
     value:npt.ArrayLike, # (n,) expected value of each application
@@ -79,9 +79,10 @@ def value_figure(
     axes.axhline(0, color=COLOURS['muted'], linewidth=1)
     axes.set_xticks(groups)
     axes.grid(visible=False, axis='x')
+    axes.yaxis.set_major_formatter('{x:,g}')
     return figure
 
-# %% ../nbs/43_value_plots.ipynb #e1f71dd6
+# %% ../nbs/43_value_plots.ipynb #3893cfbe
 def profit_figure(
     pd:npt.ArrayLike, # (n,) probabilities of default
     gain:npt.ArrayLike, # (n,) value of approving less value of declining
@@ -98,9 +99,10 @@ def profit_figure(
     best, here = int(np.argmax(total)), round(approved * len(worth))
     axes.plot(share[keep], total[keep] / scale, color=COLOURS['first'], linewidth=1.8)
     axes.axvline(share[best], color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)), label=f'best without referring: approve {share[best]:.0%}')
-    axes.plot(share[here], total[here] / scale, 'o', color=COLOURS['second'], label=f'policy: approves {share[here]:.0%}, refers others')
+    axes.plot(share[here], total[here] / scale, 'o', color=COLOURS['second'], label=f'policy: approves {share[here]:.0%}, refers some')
     axes.axhline(0, color=COLOURS['muted'], linewidth=0.8)
     percent(axes, 'x')
+    axes.yaxis.set_major_formatter('{x:,g}')
     add_legend(axes, loc='best')
     return figure
 

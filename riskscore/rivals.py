@@ -120,7 +120,7 @@ def _in_words(library:str, error:type[Exception])->Iterator[None]:
 _CATBOOST = {'loss_function': 'Logloss', 'boosting_type': 'Plain', 'bootstrap_type': 'Bernoulli', 'one_hot_max_size': 255, 'allow_writing_files': False,
              'logging_level': 'Silent'}
 
-# %% ../nbs/27_rivals.ipynb #b2024840
+# %% ../nbs/27_rivals.ipynb #6bfbaf06
 class CatBoost(Family):
     "Boosted oblivious trees of CatBoost (Prokhorenkova and others, 2018)."
 
@@ -151,7 +151,8 @@ class CatBoost(Family):
 
     def fit(self, data:Prepared, params:Mapping[str, Any], rounds:int, seed:int, threads:int)->CatBoostTrees:
         "A model of all rows."
-        model = _grown(_catboost_settings(data, params, seed, threads), _pool(data, np.arange(len(data.target))), rounds)
+        model = _grown(_catboost_settings(data, params, seed, threads), _pool(data, np.arange(len(data.target))), _planned(rounds))
+        model.shrink(rounds)
         return CatBoostTrees(self.name, _catboost_file(data, model))
 
 # %% ../nbs/27_rivals.ipynb #051c2cdd
@@ -193,7 +194,15 @@ def _grown(settings:dict[str, Any], pool:Any, rounds:int)->Any:
     with _in_words('CatBoost', library.CatBoostError):
         return library.CatBoost({**settings, 'iterations': rounds}).fit(pool)
 
-# %% ../nbs/27_rivals.ipynb #843ad5d3
+# %% ../nbs/27_rivals.ipynb #6a544694
+def _planned(rounds:int)->int:
+    "How many trees are grown so that the first `rounds` of them can be used."
+    total = 600
+    while total < rounds:
+        total *= 2
+    return total
+
+# %% ../nbs/27_rivals.ipynb #0e148698
 class _CatBoost:
     "CatBoost in one fold."
 
@@ -206,7 +215,7 @@ class _CatBoost:
         self.looks += 1
         if self.looks > len(self.stages):
             learn, check = (_pool(self.data, rows) for rows in self.fold)
-            model = _grown(self.settings, learn, max(600, 2 * EVERY * len(self.stages)))
+            model = _grown(self.settings, learn, _planned(EVERY * self.looks))
             self.stages = list(model.staged_predict(check, 'RawFormulaVal', eval_period=EVERY, thread_count=self.settings['thread_count']))
         return self.stages[self.looks - 1]
 

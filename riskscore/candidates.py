@@ -158,7 +158,7 @@ class Entry:
         kept = {name: np.mean([fold[name][:looks] for fold in self.history], axis=0).tolist() for name in (self.history[0] if self.history else ())}
         return {'cv_auc': self.cv.curve.mean(axis=1).tolist(), **{f'cv_{name}': values for name, values in kept.items()}}
 
-# %% ../nbs/29_candidates.ipynb #38a88aef
+# %% ../nbs/29_candidates.ipynb #fee87583
 def compare(
     candidates:Sequence[Candidate], # what load_candidates gave
     data:Prepared, # features of history
@@ -167,7 +167,7 @@ def compare(
     by:str='auc', # metric that decides
     robust:bool=False, # by mean less one standard deviation?
     cut:float|None=None, # for metrics of a class
-    tune:str='winner', # winner, all or none
+    tune:str|None='winner', # winner, all, or none
     n_trials:int=8, # of each search
     seconds:float|None=None, # time budget of each search
     study:str|Path|None=None, # SQLite file that keeps trials
@@ -176,7 +176,7 @@ def compare(
     report:Callable[[str], Any]=lambda what: None, # is told what has ended
 )->list[Entry]: # best first
     "Cross-validates candidates, searches, and puts them in order."
-    if tune not in ('winner', 'all', 'none'):
+    if tune not in ('winner', 'all', 'none', None):
         raise RiskError(f"tune must be winner, all or none, got {tune!r}.{suggest(tune, ('winner', 'all', 'none'))}")
     rule: dict[str, Any] = {'by': by, 'cut': cut}
     settings: dict[str, Any] = {'seed': seed, 'threads': threads}
@@ -236,7 +236,7 @@ def leaderboard(
                      'seconds': entry.cost.seconds, 'megabytes': entry.cost.megabytes, 'microseconds': entry.cost.microseconds})
     return {name: [row[name] for row in rows] for name in rows[0]}
 
-# %% ../nbs/29_candidates.ipynb #869aca93
+# %% ../nbs/29_candidates.ipynb #ee2256af
 def leaderboard_words(
     table:Mapping[str, Sequence[Any]], # what leaderboard gave
     by:str, # metric that decided
@@ -246,10 +246,11 @@ def leaderboard_words(
     columns['candidate'] = [f'{n} (tuned)' if t else str(n) for n, t in zip(table['candidate'], table['tuned'], strict=True)]
     spread = zip(table['mean'], table['deviation'], strict=True)
     columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.4f} ± {d:.4f}' for m, d in spread]
-    columns['AUC of all, 95% interval'] = [f'{v:.4f} ({a:.4f} to {b:.4f})' for v, a, b in zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)]
-    columns['AUC behind the first, 95% interval'] = ['' if a is None else f'{v:+.4f} ({a:+.4f} to {b:+.4f})'.replace('-', '−') for v, a, b in zip(
+    areas = zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)
+    columns['AUC of all, 95% interval'] = [f'{v:.4f} ({a:.4f}\xa0to\xa0{b:.4f})' for v, a, b in areas]
+    columns['AUC behind the first, 95% interval'] = ['–' if a is None else f'{v:+.4f} ({a:+.4f}\xa0to\xa0{b:+.4f})'.replace('-', '−') for v, a, b in zip(
         table['behind'], table['behind_low'], table['behind_high'], strict=True)]
     columns['training'] = [f'{v:.1f} s' for v in table['seconds']]
-    columns['memory'] = [f'{v:,.0f} MB' for v in table['megabytes']]
-    columns['one answer'] = [f'{v:,.0f} µs' for v in table['microseconds']]
+    columns['memory'] = [f'{v:,.0f} MB' if v >= 1 else 'below 1 MB' for v in table['megabytes']]
+    columns['one answer (millionths of a second)'] = [f'{v:,.0f}' for v in table['microseconds']]
     return columns

@@ -82,21 +82,24 @@ def recourse_cases(
             table[name].append(value)
     return table
 
-# %% ../nbs/39_explanations.ipynb #30f6cdd8
+# %% ../nbs/39_explanations.ipynb #8cd7de03
 def letters(
     scorer:Scorer, # a bundle with reasons and recourse
     frame:Frame, # typed applications that are not approved
     rows:int=3, # at most so many, spread over all
-)->dict[str, list[str]]: # columns pd, reasons in English, in Spanish, and the way to an approval
+)->dict[str, list[str]]: # columns pd, reason, motivo and help; a row for each reason, the others empty but in the first
     "What some applicants would be told."
     sample = _spread(frame, rows)
     told, ways = scorer.explain(sample), recourse_cases(scorer, sample, rows)
-    return {'pd': [f'{pd:.1%}' for pd in ways['pd']],
-            'reasons': ['; '.join(r['en'] for r in row) for row in told], 'motivos': ['; '.join(r['es'] for r in row) for row in told],
-            'what would help': ['; '.join(changes) if found else 'nothing plausible that the applicant could change'
-                                for found, changes in zip(ways['found'], ways['changes'], strict=True)]}
+    table: dict[str, list[str]] = {name: [] for name in ('pd', 'reason', 'motivo', 'help')}
+    for reasons, pd, found, changes in zip(told, ways['pd'], ways['found'], ways['changes'], strict=True):
+        help_ = '; '.join(changes) if found else 'nothing plausible was found'
+        for i, reason in enumerate(reasons):
+            for name, text in zip(table, (f'{pd:.1%}' if not i else '', reason['en'], reason['es'], help_ if not i else ''), strict=True):
+                table[name].append(text)
+    return table
 
-# %% ../nbs/39_explanations.ipynb #a4ce88c4
+# %% ../nbs/39_explanations.ipynb #05c56a7b
 def explanation_words(
     tried:Faithfulness|None, # None when nobody is declined or approved
     ways:Mapping[str, Sequence[Any]], # what recourse_cases gave
@@ -105,7 +108,7 @@ def explanation_words(
     "What a report and a model card say of explanations."
     found = sum(ways['found']) / max(len(ways['found']), 1)
     reasons = (f'Moving the first stated reason of a declined application to the values of approved ones lowers its pd in {tried.lowered:.0%} of '
-               f'{tried.rows:,} cases; {found:.0%} have a plausible way to an approval.' if tried
+               f'{tried.rows:,} cases; of {len(ways["found"])} that were tried {found:.0%} have a plausible way to an approval.' if tried
                else 'The model declines or approves nobody here, so reasons could not be tried.')
     kept = f'In {sum(swept["steps"]):,} steps of {len(swept["column"])} bound columns {sum(swept["violations"]):,} went the wrong way.'
     return reasons, kept if swept['column'] else 'The contract binds no column.'

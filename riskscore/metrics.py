@@ -125,12 +125,12 @@ def metric_set(
     found |= {} if cut is None else {'cut': cut, **class_scores(bad, p, cut)}
     return {name: value if np.isfinite(value) else None for name, value in found.items()}
 
-# %% ../nbs/23_metrics.ipynb #1cb1028c
+# %% ../nbs/23_metrics.ipynb #aebe5fd1
 _TITLES = {'rows': 'Applications', 'bad': 'Bads', 'bad_rate': 'Bad rate', 'pd_mean': 'Mean pd', 'ks_cut': 'KS cut (pd)', 'cut': 'Cut (pd)',
            'ece_noise': 'ECE expected by chance', 'calibration_slope': 'Calibration slope (1 is right)',
            'calibration_intercept': 'Calibration intercept (0 is right)', **{name: one.title for name, one in METRICS.items()}}
 _FORMS = {'rows': ',d', 'bad': ',d', **dict.fromkeys(('bad_rate', 'pd_mean', 'ks_cut', 'cut'), '.2%'),
-          **dict.fromkeys(('brier', 'ece', 'ece_noise', 'log_loss'), '.4f')}
+          **dict.fromkeys(('brier', 'log_loss'), '.4f'), **dict.fromkeys(('ece', 'ece_noise'), '.2%')}
 
 # %% ../nbs/23_metrics.ipynb #44c6c1bc
 def _figure(figures:Mapping[str, float|None], name:str)->str:

@@ -179,7 +179,7 @@ def reject_table(
     figures = dict(zip(names, np.array(rows, dtype=np.float64).T, strict=True))
     return {'method': np.array(list(experiment.pds), dtype=object)} | figures
 
-# %% ../nbs/37_rejects.ipynb #2d6c0487
+# %% ../nbs/37_rejects.ipynb #3cdb2f90
 def reject_summary(
     tables:Mapping[str, Frame], # world -> its `reject_table`
     factors:Mapping[str, float], # world -> the factor of parcelling that would have been right
@@ -192,7 +192,7 @@ def reject_summary(
         found['lost'][world] = float(t['auc_gain'][methods.index(ORACLE)])
         found['helped'][world] = [methods[i] for i in others if t['auc_gain_low'][i] > 0]
         found['harmed'][world] = [methods[i] for i in others if t['auc_gain_high'][i] < 0]
-    costs = ' and '.join(f'{value:.3f} {world}' for world, value in found['lost'].items())
-    right = ' and '.join(f'{value:.1f} {world}' for world, value in factors.items())
-    return found | {'verdict': f'Not seeing the refused cost an AUC of {costs}; the right inflation of their bad rate was {right}, '
-                               'which the accepted alone do not tell.'}
+    costs = ', '.join(f'{value:.3f} {world}' for world, value in found['lost'].items())
+    right = ' or '.join(f'{value:.1f}' for value in factors.values())
+    return found | {'verdict': f'Not seeing the refused costs an AUC of {costs}. Their bad rate would have to be raised {right} times: '
+                               'the data of the accepted do not say which.'}

@@ -27,12 +27,12 @@ class Segments(NamedTuple):
     names:tuple[str, ...] # as a reader wants to see them, in the order to show
     place:npt.NDArray[np.intp] # (rows,) position in `names`
 
-# %% ../nbs/36_segments.ipynb #514f67f1
+# %% ../nbs/36_segments.ipynb #64977ef6
 _DAYS_OF_YEARS = 730
 
 
 def _band(column:Column, low:float, high:float)->str:
-    "A band in words; many days are years, and before 0 they are years ago."
+    "A band in words; many days are years, also those before today."
     unit, ends = '', [low, high]
     if column.kind == 'date':
         words = [str(np.datetime64(0, 'D') + int(end)) for end in ends]
@@ -40,7 +40,7 @@ def _band(column:Column, low:float, high:float)->str:
         if column.unit == 'days' and max(abs(low), abs(high)) >= _DAYS_OF_YEARS:
             unit, ends = ' years', [end / 365.25 for end in ends]
             if high <= 0:
-                unit, ends = ' years ago', [-high / 365.25, -low / 365.25]
+                unit, ends = ' years', [-high / 365.25, -low / 365.25]
         form = '.1f' if unit else ',.0f' if column.kind == 'integer' or max(abs(low), abs(high)) >= 1000 else '.3g'
         words = [format(end, form).replace('-', '−') for end in ends]
     return (words[0] if words[0] == words[1] else f'{words[0]} to {words[1]}') + unit

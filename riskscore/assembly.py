@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Assembled', 'assemble', 'wanted']
 
-# %% ../nbs/30_assembly.ipynb #dfbb2ee1
+# %% ../nbs/30_assembly.ipynb #e11cca83
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +22,7 @@ from .predictors import Predictor
 from .reasons import Reasons, fit_reasons
 from .recourse import fit_recourse
 from .scorecard import with_points
+from .split import Folds
 
 # %% ../nbs/30_assembly.ipynb #b7f3d62c
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Assembled:
     pd: npt.NDArray[np.float64] # (k,) their calibrated pds, out of fold
     amount: npt.NDArray[np.float64] # (k,) their amounts
 
-# %% ../nbs/30_assembly.ipynb #b0b766f6
+# %% ../nbs/30_assembly.ipynb #fb43e195
 def assemble(
     contract:Contract, # value matrix, groups and words of reasons, what is mutable
     plan:FeaturePlan, # features of the model
@@ -47,18 +48,29 @@ def assemble(
     margins:npt.NDArray[np.float64], # (rows,) out of fold, NaN where no fold predicts
     known:Frame, # amount and mutable columns of history, as `wanted` names them
     threads:int=1, # of the model's library
+    folds:Folds|None=None, # of the margins; None: pds are those of the final calibration
 )->Assembled: # ready for write_bundle
     "Learns what turns a margin into a decision that can be explained."
     rows = np.flatnonzero(np.isfinite(margins))
     bad, amount = data.target[rows], known.get(contract.amount or '', np.ones(len(margins)))[rows]
     calibration = fit_calibration(margins[rows], bad)
-    pd = calibration.pd(margins[rows])
+    pd = calibration.pd(margins[rows]) if folds is None else _crossed(margins, data.target, folds)[rows]
     policy = fit_policy(contract, pd, amount)
     if predictor.family == 'scorecard':
         predictor, calibration = with_points(predictor, calibration), Calibration(0.0, 1.0) # type: ignore[arg-type]
     features = _features(data, rows[_approved(pd, policy.approve_below)])
     reasons = fit_reasons(contract, plan, features, predictor.contributions(features, threads))
     return Assembled(predictor, calibration, policy, reasons, fit_recourse(contract, known).to_dict(), rows, bad, pd, amount)
+
+# %% ../nbs/30_assembly.ipynb #9dcb565c
+def _crossed(margins:npt.NDArray[np.float64], bad:npt.NDArray[np.float64], folds:Folds)->npt.NDArray[np.float64]:
+    "Calibrated pd of each row, by a line that was fitted on the other folds."
+    pd = np.full(len(margins), np.nan)
+    for _, check in folds:
+        others = np.isfinite(margins)
+        others[check] = False
+        pd[check] = fit_calibration(margins[others], bad[others]).pd(margins[check])
+    return pd
 
 # %% ../nbs/30_assembly.ipynb #0c570c85
 def wanted(

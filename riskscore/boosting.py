@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['default_params', 'LightGBM']
 
-# %% ../nbs/27_boosting.ipynb #6e7dc229
+# %% ../nbs/27_boosting.ipynb #3636ebf7
 import re
 from collections.abc import Collection, Mapping
-from functools import cache
 from typing import Any
 
 import lightgbm as lgb
@@ -34,18 +33,17 @@ def default_params(
 # %% ../nbs/27_boosting.ipynb #505500c8
 _FIXED = {'objective': 'binary', 'metric': 'None', 'deterministic': True, 'force_row_wise': True}
 
-# %% ../nbs/27_boosting.ipynb #7638097a
-@cache
-def _known_params()->frozenset[str]:
-    "Names that LightGBM writes into a model, which are all that matter to one."
-    tiny = lgb.train({'verbosity': -1, 'num_threads': 1}, lgb.Dataset(np.zeros((2, 1)), [0, 1]), 1)
-    return frozenset(re.findall(r'^\[(\w+):', tiny.model_to_string(), re.MULTILINE))
+# %% ../nbs/27_boosting.ipynb #4d7179da
+_OPEN = frozenset({
+    'learning_rate', 'num_leaves', 'max_depth', 'min_data_in_leaf', 'min_sum_hessian_in_leaf', 'min_gain_to_split', 'lambda_l1', 'lambda_l2', 'max_delta_step',
+    'bagging_fraction', 'bagging_freq', 'pos_bagging_fraction', 'neg_bagging_fraction', 'feature_fraction', 'feature_fraction_bynode', 'extra_trees',
+    'min_data_per_group', 'max_cat_threshold', 'max_cat_to_onehot', 'cat_l2', 'cat_smooth', 'scale_pos_weight', 'is_unbalance'})
 
-# %% ../nbs/27_boosting.ipynb #77197f37
+# %% ../nbs/27_boosting.ipynb #9e70122c
 def _settings(data:Prepared, params:Mapping[str, Any], seed:int, threads:int)->dict[str, Any]:
     "What was chosen, what this page decides, and which way the pd must go."
     bound = {'monotone_constraints': list(data.directions), 'monotone_constraints_method': 'basic'} if any(data.directions) else {}
-    return {**_FIXED, **DATASET_PARAMS, **bound, 'seed': seed, 'num_threads': threads, **params}
+    return {**params, **_FIXED, **DATASET_PARAMS, **bound, 'seed': seed, 'num_threads': threads}
 
 # %% ../nbs/27_boosting.ipynb #9eb9c948
 class _Boost:
@@ -78,11 +76,12 @@ def _fold_data(data:Prepared, folds:Folds, threads:int)->list[tuple[lgb.Dataset,
         kept = data.memo['lightgbm'] = (folds, parts)
     return list(kept[1])
 
-# %% ../nbs/27_boosting.ipynb #4553ab41
+# %% ../nbs/27_boosting.ipynb #cbbacc09
 class LightGBM(Family):
     "Gradient boosting on binned features (Ke and others, 2017)."
 
     name = 'lightgbm'
+    libraries = ('lightgbm',)
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."
@@ -99,8 +98,8 @@ class LightGBM(Family):
                 'lambda_l2': {'low': 1.0, 'high': 100.0, 'log': True}}
 
     def known(self)->Collection[str]:
-        "All parameters of LightGBM that are not decided here."
-        return _known_params() - {*_FIXED, *DATASET_PARAMS, 'seed', 'num_threads', 'num_iterations', 'monotone_constraints'}
+        "What shapes the trees, and changes nothing else."
+        return _OPEN
 
     def learners(self, data:Prepared, folds:Folds, params:Mapping[str, Any], seed:int, threads:int)->list[Learner]:
         "A model without trees for each fold."

@@ -158,7 +158,7 @@ class Entry:
         kept = {name: np.mean([fold[name][:looks] for fold in self.history], axis=0).tolist() for name in (self.history[0] if self.history else ())}
         return {'cv_auc': self.cv.curve.mean(axis=1).tolist(), **{f'cv_{name}': values for name, values in kept.items()}}
 
-# %% ../nbs/29_candidates.ipynb #fee87583
+# %% ../nbs/29_candidates.ipynb #b25ca5e2
 def compare(
     candidates:Sequence[Candidate], # what load_candidates gave
     data:Prepared, # features of history
@@ -184,13 +184,18 @@ def compare(
     for candidate in candidates:
         entries.append(_tried(candidate, data, folds, rule, settings))
         report(candidate.name)
-    best = max(entries, key=lambda e: merit(e.scores, robust))
+    best = max(entries, key=lambda e: _standing(e, data, robust))
     for i, entry in enumerate(entries):
         if tune == 'all' or (tune == 'winner' and entry is best):
             found = search(entry.candidate.family, data, folds, params=entry.candidate.fixed, space=entry.candidate.search, known=entry.cv, n_trials=n_trials,
                            seconds=seconds, robust=robust, study=study, report=lambda trial: report('trial'), **rule, **settings)
             entries[i] = _searched(entry, found, data, settings)
-    return sorted(entries, key=lambda e: -merit(e.scores, robust))
+    return sorted(entries, key=lambda e: _standing(e, data, robust), reverse=True)
+
+# %% ../nbs/29_candidates.ipynb #15d70525
+def _standing(entry:'Entry', data:Prepared, robust:bool)->tuple[bool, float]:
+    "A family that would break the directions of the contract cannot win; then the merit."
+    return entry.candidate.family.monotone or not any(data.directions), merit(entry.scores, robust)
 
 # %% ../nbs/29_candidates.ipynb #b6b6eba7
 def _tried(candidate:Candidate, data:Prepared, folds:Folds, rule:Mapping[str, Any], settings:Mapping[str, Any])->Entry:
@@ -209,15 +214,15 @@ def _fitted(kind:Family, data:Prepared, params:Mapping[str, Any], rounds:int, se
     cost.microseconds = _answer_time(predictor, data)
     return predictor, cost
 
-# %% ../nbs/29_candidates.ipynb #5590a8e2
+# %% ../nbs/29_candidates.ipynb #184e1cf4
 def _searched(entry:Entry, found:Search, data:Prepared, settings:Mapping[str, Any])->Entry:
     "A candidate after its search."
-    if not found.chosen:
+    if not found.chosen and found.params == entry.params:
         return replace(entry, trials=tuple(found.trials))
     predictor, cost = _fitted(entry.candidate.family, data, found.params, found.cv.rounds, settings)
     return Entry(entry.candidate, found.params, found.cv, found.scores, predictor, cost, tuple(found.trials), found.chosen)
 
-# %% ../nbs/29_candidates.ipynb #ca69446e
+# %% ../nbs/29_candidates.ipynb #a141bf3c
 def leaderboard(
     entries:Sequence[Entry], # what compare gave, best first
     data:Prepared, # features of history
@@ -232,18 +237,20 @@ def leaderboard(
         rows.append({'candidate': entry.candidate.name, 'merit': merit(entry.scores, robust), 'mean': float(np.mean(entry.scores)),
                      'deviation': float(np.std(entry.scores, ddof=1)), 'auc': area.value, 'auc_low': area.low, 'auc_high': area.high,
                      'behind': gap.value if gap else 0.0, 'behind_low': gap.low if gap else None, 'behind_high': gap.high if gap else None,
+                     'eligible': _standing(entry, data, robust)[0],
                      'rounds': entry.cv.rounds if entry.candidate.family.steps else None, 'tuned': bool(entry.chosen),
                      'seconds': entry.cost.seconds, 'megabytes': entry.cost.megabytes, 'microseconds': entry.cost.microseconds})
     return {name: [row[name] for row in rows] for name in rows[0]}
 
-# %% ../nbs/29_candidates.ipynb #ee2256af
+# %% ../nbs/29_candidates.ipynb #3fa42416
 def leaderboard_words(
     table:Mapping[str, Sequence[Any]], # what leaderboard gave
     by:str, # metric that decided
 )->dict[str, list[str]]: # the same for a reader
     "The leaderboard in words."
     decided, columns = METRICS[by], dict[str, list[str]]()
-    columns['candidate'] = [f'{n} (tuned)' if t else str(n) for n, t in zip(table['candidate'], table['tuned'], strict=True)]
+    notes = [(' (tuned)' if t else '') + ('' if e else ' (breaks directions of the contract)') for t, e in zip(table['tuned'], table['eligible'], strict=True)]
+    columns['candidate'] = [f'{name}{note}' for name, note in zip(table['candidate'], notes, strict=True)]
     spread = zip(table['mean'], table['deviation'], strict=True)
     columns[f'{decided.title}, mean ± deviation of the folds'] = [f'{decided.better * m:.4f} ± {d:.4f}' for m, d in spread]
     areas = zip(table['auc'], table['auc_low'], table['auc_high'], strict=True)

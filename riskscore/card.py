@@ -5,9 +5,8 @@
 # %% auto #0
 __all__ = ['model_card', 'card_body', 'card_page']
 
-# %% ../nbs/45_card.ipynb #eb559f81
+# %% ../nbs/45_card.ipynb #9c8a2ce2
 import html
-import platform
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -38,7 +37,7 @@ def _table(columns:Mapping[str, Iterable[Any]])->str:
     lines = [list(columns), ['---'] * len(columns), *([_cell(v) for v in row] for row in rows)]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
-# %% ../nbs/45_card.ipynb #4b5e6843
+# %% ../nbs/45_card.ipynb #02ddfc3a
 _Evidence = Mapping[str, Any] # name of a task's result to its content
 
 
@@ -52,8 +51,8 @@ def _purpose(scorer:Scorer, evidence:_Evidence)->str:
             f"of default: that {_code(target.name) if target else 'the outcome'} takes its bad value{html.escape(meaning)}. It supports a decision "
             f"to approve, refer or decline. It was chosen among {rivals} candidates and belongs to the family *{about.get('family', 'unknown')}*.\n\n"
             'It is meant for applications of the same kind, from the same channels and with the same products as its history. It is not meant for other '
-            'products or countries, for customers who have a loan already, for setting prices, or for deciding without a person whom an applicant can ask. '
-            'Refused applicants have no outcome in its history; what it says of applicants unlike those once approved is an extrapolation.')
+            'products or countries, for setting prices, or for deciding without a person whom an applicant can ask. Where only approved applications have '
+            'an outcome in its history, what it says of applicants unlike them is an extrapolation.')
 
 # %% ../nbs/45_card.ipynb #b839b2c1
 _ROLE_WORDS = {'protected': 'Protected, never a feature, measured for fairness', 'leak': 'Known only after the decision, never a feature',
@@ -75,7 +74,7 @@ def _data(scorer:Scorer, evidence:_Evidence)->str:
             f'The model sees {len(scorer.plan.names)} features of {len(scorer.plan.columns)} columns.\n\n{left}\n'
             f'- The pd never falls (up) or never rises (down) with: {", ".join(bound) or "no column is bound"}.')
 
-# %% ../nbs/45_card.ipynb #58a60f88
+# %% ../nbs/45_card.ipynb #5af9aa99
 _MAIN = [k + end for k in ('rows', 'bad', 'bad_rate', 'pd_mean', 'auc', 'gini', 'ks', 'pr_auc', 'brier', 'log_loss', 'ece', 'ece_noise', 'calibration_slope',
                           'calibration_intercept', 'recall_0', 'recall_1') for end in ('', '_low', '_high')]
 
@@ -94,10 +93,11 @@ def _performance(scorer:Scorer, evidence:_Evidence)->str:
                 for v, a, b in zip(board['behind'], board['behind_low'], board['behind_high'], strict=True)]
         rivals = '\n\nCandidates, on the same folds of history; how far the champion is ahead in AUC, with its 95% interval:\n\n' + _table(
             {'candidate': board['candidate'], 'AUC': [f'{v:.4f}' for v in board['auc']], 'champion ahead by': gaps})
-    return ('Intervals are 95%. History is out of fold: each application was scored by a model that had not seen it. The future was seen by no model.'
+    return ('Intervals are 95%. History is out of fold: each application was scored by a model, and calibrated by a line, '
+            'that had not seen it. The future was seen by no model.'
             f'\n\n{_table(words)}{rivals}')
 
-# %% ../nbs/45_card.ipynb #2865a955
+# %% ../nbs/45_card.ipynb #d2194176
 def _decisions(scorer:Scorer, evidence:_Evidence)->str:
     "What it decides."
     policy = scorer.policy
@@ -106,11 +106,12 @@ def _decisions(scorer:Scorer, evidence:_Evidence)->str:
     worth = {name: policy.value[name] for name in DECISIONS}
     parts = {'a good application': 'good', 'a bad application': 'bad', 'fixed': 'fixed'}
     money = _table({'decision': list(worth), **{title: [v.get(key, 0.0) for v in worth.values()] for title, key in parts.items()}})
+    note = html.escape(policy.note) if policy.note else 'The cut-offs are those of the highest expected value on history.'
     per = f'Per unit of {_code(policy.amount)}' if policy.amount else 'Per application'
     told = evidence.get('reasons') or {}
     reasons = told.get('verdict') or 'Whether the stated reasons are faithful was not measured.'
     return (f'Approve below a pd of {policy.approve_below:.2%}, decline from {policy.decline_from:.2%}, refer between. '
-            'The cut-offs are those of the highest expected value on history.\n\n'
+            f'{note}\n\n'
             f'{per}, in {html.escape(policy.currency or "money")}, a decision is taken to be worth:\n\n{money}\n\n{rules}\n\n{html.escape(reasons)}')
 
 # %% ../nbs/45_card.ipynb #3e4fdbe3
@@ -147,14 +148,14 @@ def _sample(evidence:_Evidence)->Mapping[str, Any]:
     "Figures of the future."
     return evidence['samples']['future']
 
-# %% ../nbs/45_card.ipynb #60dcdd8c
+# %% ../nbs/45_card.ipynb #f69e4950
 def _origin(scorer:Scorer, evidence:_Evidence)->str:
     "What exactly it was made of."
     about = scorer.metadata
     facts = {'model version': scorer.version, 'policy version': scorer.policy.version, 'history (SHA-256)': about.get('history'),
              'contract (SHA-256)': scorer.contract.digest, 'code of the training (SHA-256)': about.get('code'),
              **{name: about.get(name) for name in ('seed', 'candidate', 'rounds')},
-             **{f'parameter {k}': v for k, v in about.get('params', {}).items()}, 'Python': platform.python_version(), **about.get('libraries', {})}
+             **{f'parameter {k}': v for k, v in about.get('params', {}).items()}, **about.get('libraries', {})}
     return _table({'what': list(facts), 'value': [str(v) for v in facts.values()]})
 
 # %% ../nbs/45_card.ipynb #9e2b7901

@@ -48,11 +48,12 @@ def _forest_text(trees:list[Any], features:int, prior:float)->str:
             'feature_infos=' + ' '.join(['[-inf:inf]'] * features), 'tree_sizes=' + ' '.join(str(len(b)) for b in blocks)]
     return '\n'.join(head) + '\n\n' + ''.join(blocks) + 'end of trees\n\nfeature_importances:\n\nparameters:\nend of parameters\n\npandas_categorical:null\n'
 
-# %% ../nbs/27_forest.ipynb #b85a59c0
+# %% ../nbs/27_forest.ipynb #b39e7ffc
 class Forest(RowsFamily):
     "Random forest (Breiman, 2001) with votes in log-odds."
 
     name = 'forest'
+    libraries = ('scikit-learn',)
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."

@@ -39,11 +39,12 @@ def quantile_map(
     last = np.append(first[1:], KNOTS) - 1
     return knots, (_NORMAL[first] + _NORMAL[last]) / 2  # the same value at several shares gets their middle
 
-# %% ../nbs/27_logistic.ipynb #919af98d
+# %% ../nbs/27_logistic.ipynb #fdac8dbb
 class Logistic(RowsFamily):
     "Logistic regression on normal scores."
 
     name = 'logistic'
+    libraries = ('scikit-learn', 'scipy')
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."

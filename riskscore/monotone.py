@@ -99,7 +99,7 @@ def _exp(value:float)->float:
     "A power of e that may be infinite."
     return math.exp(value) if value < 700 else math.inf
 
-# %% ../nbs/25_monotone.ipynb #41723a98
+# %% ../nbs/25_monotone.ipynb #65510747
 _RULES: dict[str, Callable[..., _View]] = {
     'add': _sum_of, 'sub': lambda a, b: _sum_of(a, _negative(b)), 'mul': _product, 'div': _quotient, 'neg': _negative, 'abs': _absolute,
     'min': lambda a, b: (_join(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2])), 'max': lambda a, b: (_join(a[0], b[0]), min(a[1], b[1]), max(a[2], b[2])),
@@ -107,7 +107,8 @@ _RULES: dict[str, Callable[..., _View]] = {
     'lt': lambda a, b: (_join(b[0], _times(a[0], -1)), 0.0, 1.0), 'le': lambda a, b: (_join(b[0], _times(a[0], -1)), 0.0, 1.0),
     'eq': lambda a, b: (0 if a[0] == b[0] == 0 else None, 0.0, 1.0), 'ne': lambda a, b: (0 if a[0] == b[0] == 0 else None, 0.0, 1.0),
     'log': _rising(math.log, 0.0), 'log1p': _rising(math.log1p, -1.0), 'sqrt': _rising(math.sqrt, -1e-300), 'exp': _rising(_exp),
-    'floor': _rising(math.floor), 'filled': lambda a: (a[0], min(a[1], 0.0), max(a[2], 0.0)), 'isnull': lambda a: (0, 0.0, 1.0), 'where': _choice,
+    'floor': _rising(math.floor), 'filled': lambda a: (a[0], min(a[1], 0.0), max(a[2], 0.0)),
+    'isnull': lambda a: (0 if a[0] == 0 else None, 0.0, 1.0), 'where': _choice,
 }
 
 
@@ -115,7 +116,8 @@ def _view(expression:Expr, column:str, contract:Contract)->_View:
     "Direction of an expression in one column, and its interval."
     if expression.op == 'number':
         return 0, expression.args[0], expression.args[0]
-    if expression.op in ('level', 'missing'):
+    given = expression.op == 'isnull' and expression.args[0].op == 'column' # which fields are given is not moved
+    if given or expression.op in ('level', 'missing'):
         return 0, 0.0, 1.0
     if expression.op == 'column':
         return int(expression.args[0] == column), *_limits(contract, expression.args[0])

@@ -22,11 +22,12 @@ from .network import Network, level_rows, read_numbers, scores_and_indicators, t
 from .ranking import auc
 from .split import Folds
 
-# %% ../nbs/28_network_family.ipynb #30378c90
+# %% ../nbs/28_network_family.ipynb #9d3f91d1
 class NetworkFamily(Family):
     "A multilayer perceptron with embeddings."
 
     name = 'network'
+    libraries = ('torch',)
     monotone = False # directions of the contract are not kept
 
     def __init__(self)->None:
@@ -35,13 +36,19 @@ class NetworkFamily(Family):
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."
         return {'layers': 2, 'width': 64, 'dropout': 0.4, 'input_dropout': 0.25, 'learning_rate': 0.0004, 'weight_decay': 0.05, 'pos_weight': 1.0,
-                'embedding': 4, 'batch_size': int(np.clip(2 ** round(np.log2(max(rows, 1) / 200)), 32, 1_024)), 'averaging': 0.995}
+                'embedding': 4, 'batch_size': int(np.clip(2 ** round(np.log2(max(rows, 1) / 200)), 32, 1_024)), 'averaging': 0.995,
+                'epochs': 120, 'patience': 4}
 
     def space(self, rows:int, features:int)->dict[str, Any]:
         "Where the search looks unless told otherwise."
         return {'layers': {'low': 1, 'high': 3}, 'width': {'low': 32, 'high': 256, 'log': True}, 'dropout': {'low': 0.1, 'high': 0.7},
                 'input_dropout': {'low': 0.0, 'high': 0.5}, 'learning_rate': {'low': 0.0001, 'high': 0.003, 'log': True},
                 'weight_decay': {'low': 0.001, 'high': 1.0, 'log': True}, 'embedding': [0, 2, 4, 8]}
+
+    def limits(self, params:Mapping[str, Any])->tuple[int, int]:
+        "Epochs at the most, and epochs without a better mean AUC, as rounds."
+        chosen = self.defaults(1_000, 10) | dict(params)
+        return int(chosen['epochs']) * EVERY, int(chosen['patience']) * EVERY
 
     def known(self)->Collection[str]:
         "Also `hidden`, the widths of the layers one by one, instead of layers and width."
@@ -60,9 +67,10 @@ class NetworkFamily(Family):
             learner.epoch()
         return Network(self.name, learner.file())
 
-# %% ../nbs/28_network_family.ipynb #c2871132
+# %% ../nbs/28_network_family.ipynb #dc2df0c8
 _RANGES = {'layers': (1, 8), 'width': (1, 4_096), 'dropout': (0, 0.95), 'input_dropout': (0, 0.95), 'learning_rate': (1e-7, 1), 'weight_decay': (0, 100),
-           'pos_weight': (1e-3, 1e3), 'embedding': (0, 256), 'batch_size': (1, 100_000), 'averaging': (0, 0.99999)}
+           'pos_weight': (1e-3, 1e3), 'embedding': (0, 256), 'batch_size': (1, 100_000), 'averaging': (0, 0.99999),
+           'epochs': (1, 10_000), 'patience': (1, 10_000)}
 
 # %% ../nbs/28_network_family.ipynb #6a4bf6bc
 def _chosen(family:NetworkFamily, params:Mapping[str, Any], rows:int, features:int)->dict[str, Any]:

@@ -27,11 +27,12 @@ _XGBOOST = {'objective': 'binary:logistic', 'tree_method': 'hist', 'verbosity': 
 _XGBOOST_MORE = ('max_leaves', 'grow_policy', 'colsample_bylevel', 'colsample_bynode', 'alpha', 'gamma', 'max_delta_step', 'max_cat_to_onehot',
                  'max_cat_threshold', 'scale_pos_weight')
 
-# %% ../nbs/27_rivals.ipynb #296bb105
+# %% ../nbs/27_rivals.ipynb #d8f69eb6
 class XGBoost(Family):
     "Gradient boosting by the histograms of XGBoost (Chen and Guestrin, 2016)."
 
     name = 'xgboost'
+    libraries = ('xgboost-cpu', 'xgboost')
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."
@@ -120,11 +121,12 @@ def _in_words(library:str, error:type[Exception])->Iterator[None]:
 _CATBOOST = {'loss_function': 'Logloss', 'boosting_type': 'Plain', 'bootstrap_type': 'Bernoulli', 'one_hot_max_size': 255, 'allow_writing_files': False,
              'logging_level': 'Silent'}
 
-# %% ../nbs/27_rivals.ipynb #6bfbaf06
+# %% ../nbs/27_rivals.ipynb #816db59a
 class CatBoost(Family):
     "Boosted oblivious trees of CatBoost (Prokhorenkova and others, 2018)."
 
     name = 'catboost'
+    libraries = ('catboost',)
 
     def defaults(self, rows:int, features:int)->dict[str, Any]:
         "A strong start for a table of this size."

@@ -182,11 +182,12 @@ def points_table(
     names = ('feature', 'says', 'bin', 'rows', 'bad_rate', 'woe', 'iv', 'points')
     return {name: np.array(column, dtype=object if i < 3 else None) for i, (name, column) in enumerate(zip(names, zip(*lines, strict=True), strict=True))}
 
-# %% ../nbs/27_scorecard.ipynb #9ce1a617
+# %% ../nbs/27_scorecard.ipynb #24d33add
 class Scorecard(RowsFamily):
     "A scorecard of weights of evidence (Siddiqi, 2006)."
 
     name = 'scorecard'
+    libraries = ('scikit-learn',)
 
     def __init__(
         self,

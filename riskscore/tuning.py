@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['check_space', 'fold_scores', 'merit', 'beats', 'Trial', 'Search', 'search']
 
-# %% ../nbs/28_tuning.ipynb #45f8399e
+# %% ../nbs/28_tuning.ipynb #c4f96283
+import inspect
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +22,7 @@ from .calibration import fit_calibration, sigmoid
 from .core import RiskError, canonical_json, digest_bytes, digest_file, suggest
 from .matrix import Prepared
 from .metrics import METRICS, metric
-from .models import EVERY, CrossValidation, Family, cross_validate
+from .models import EVERY, CrossValidation, Family, cross_validate, library_versions
 from .split import Folds
 
 # %% ../nbs/28_tuning.ipynb #aee4a133
@@ -92,12 +93,12 @@ def beats(
     gains = np.subtract(challenger, default)
     return bool(gains.mean() > gains.std(ddof=1) / np.sqrt(len(gains))) if len(gains) > 1 else bool(gains.mean() > 0)
 
-# %% ../nbs/28_tuning.ipynb #1503f483
+# %% ../nbs/28_tuning.ipynb #02cc001b
 class Trial(NamedTuple):
     "One set of parameters and how it did."
     number:int # 0 is the default
     state:str # complete, or pruned
-    score:float # merit at its best number of rounds; when pruned, the last mean AUC seen
+    score:float|None # merit at its best number of rounds; when pruned, the last mean AUC seen, or None when another metric decides
     rounds:int # when pruned, how far it came
     params:dict[str, Any] # what was searched
 
@@ -143,13 +144,13 @@ def search(
         job.run_all(n_trials, _open_study(study, job))
     return _result(job)
 
-# %% ../nbs/28_tuning.ipynb #ec56c5ac
+# %% ../nbs/28_tuning.ipynb #1ed7cd84
 def _open_study(path:str|Path|None, job:'_Job')->optuna.Study:
     "The study on disk, or one in memory."
     if path is None:
         return optuna.create_study(direction='maximize')
     facts = [job.family.name, digest_file(job.data.features), [digest_bytes(check.tobytes()) for _, check in job.folds], list(job.data.directions),
-             job.start, dict(job.space), job.settings['seed'], job.rule]
+             job.start, dict(job.space), job.settings['seed'], job.rule, _made_by(job.family)]
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     try:
         return optuna.create_study(study_name=digest_bytes(canonical_json(facts).encode())[:16], storage=f'sqlite:///{Path(path).absolute()}',
@@ -158,7 +159,13 @@ def _open_study(path:str|Path|None, job:'_Job')->optuna.Study:
         reason = str(error).strip().partition('\n')[0]
         raise RiskError(f'The file of searches {path} cannot be used: {reason}. Delete it: it only saves time.') from error
 
-# %% ../nbs/28_tuning.ipynb #0d504738
+# %% ../nbs/28_tuning.ipynb #3b9178a7
+def _made_by(family:Family)->list[str]:
+    "What a trial depends on beside its data: the code of the family and the libraries behind it."
+    code = Path(inspect.getfile(type(family))) if type(family).__module__ != '__main__' else None
+    return [digest_file(code) if code else '', optuna.__version__, canonical_json(library_versions(family))]
+
+# %% ../nbs/28_tuning.ipynb #39573b72
 @dataclass
 class _Job:
     "What the trials of a search share."
@@ -181,7 +188,8 @@ class _Job:
         "Trials that are on disk, then new ones."
         pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=150 if self.family.steps else 1)
         study = optuna.create_study(direction='maximize', pruner=pruner)
-        for done in [t for t in kept.trials if t.state.is_finished()][:n_trials]:
+        once = {canonical_json(t.params): t for t in reversed(kept.trials) if t.state.is_finished()} # two builds may have kept the same trial
+        for done in sorted(once.values(), key=lambda t: t.number)[:n_trials]:
             study.add_trial(done)
             _file(self, study.trials[-1])
         if not study.trials:
@@ -233,7 +241,7 @@ def _params_of(
     "Fixed values and drawn ones."
     return job.start | dict(drawn)
 
-# %% ../nbs/28_tuning.ipynb #c9da8941
+# %% ../nbs/28_tuning.ipynb #53ad0ecf
 def _file(
     job:_Job,
     trial:optuna.trial.FrozenTrial, # one that has ended
@@ -241,9 +249,9 @@ def _file(
     "Keeps what the choice needs of a trial, and tells about it."
     steps = trial.intermediate_values
     complete = trial.state == optuna.trial.TrialState.COMPLETE
-    score = trial.value if complete else steps[max(steps)] if steps else 0.0
+    score = trial.value if complete else steps[max(steps)] if steps and job.rule['by'] == 'auc' else None # what was seen on the way is the AUC
     rounds = trial.user_attrs['rounds'] if complete else max(steps, default=0)
-    job.trials.append(Trial(trial.number, 'complete' if complete else 'pruned', float(score or 0), int(rounds), dict(trial.params)))
+    job.trials.append(Trial(trial.number, 'complete' if complete else 'pruned', score, int(rounds), dict(trial.params)))
     if complete:
         job.scores[trial.number] = list(trial.user_attrs['scores'])
     job.found = {number: cv for number, cv in job.found.items() if number in (0, _best(job))}
@@ -256,14 +264,14 @@ def _best(
     "The trial of the highest merit, the earlier one when two are equal."
     return max(job.scores, key=lambda number: (merit(job.scores[number], job.rule['robust']), -number))
 
-# %% ../nbs/28_tuning.ipynb #27bebf10
+# %% ../nbs/28_tuning.ipynb #7115dbac
 def _result(
     job:_Job,
 )->Search:
     "The best trial, or the default if that is no worse than chance would have it."
     best = _best(job)
-    chosen = best if best and beats(job.scores[best], job.scores[0]) else 0
-    params = _params_of(job, job.trials[chosen].params if chosen else {})
+    chosen = best if best and (job.rule['robust'] or beats(job.scores[best], job.scores[0])) else 0
+    params = _params_of(job, job.trials[chosen].params)
     cv = job.found.get(chosen) or cross_validate(job.family, job.data, job.folds, params, **job.settings)
     return Search(params, cv, job.trials, chosen, job.scores[chosen])
 

@@ -299,3 +299,38 @@ def test_candidates_are_compared_on_the_figure_that_was_asked_for(tmp_path):
     np.testing.assert_allclose(table['merit'], np.subtract(table['mean'], table['deviation']))
     assert table['behind_low'][0] is None and all(low < high for low, high in zip(table['behind_low'][1:], table['behind_high'][1:], strict=True))
     assert set(FAMILIES) == {'lightgbm', 'logistic', 'scorecard', 'forest', 'xgboost', 'catboost', 'network'}
+
+
+def test_what_a_search_keeps_was_validated_as_it_is(tmp_path):
+    "The default lies outside the space: what is kept, its rounds and its margins are of the same parameters."
+    contract, frames = loans(1_500)
+    _, data = prepared(tmp_path, contract, frames)
+    folds, space = cv_folds(data.target, contract.cv), {'lambda_l1': {'low': 50.0, 'high': 60.0}}
+    found = search(LightGBM(), data, folds, params={'learning_rate': 0.1}, space=space, n_trials=2)
+    again = cross_validate(LightGBM(), data, folds, found.params)
+    assert found.params['lambda_l1'] >= 50 and again.rounds == found.cv.rounds
+    np.testing.assert_array_equal(again.margins, found.cv.margins)
+    entry = compare([Candidate('odd', LightGBM(), {'learning_rate': 0.1}, space)], data, folds, n_trials=2)[0]
+    assert entry.params == found.params
+    assert entry.predictor.to_bytes() == LightGBM().fit(data, found.params, found.cv.rounds, 42, 1).to_bytes()
+
+
+@pytest.mark.parametrize('name', ['sigmoid', 'boosting', 'linear_tree', 'monotone_constraints_method', 'interaction_constraints', 'num_class', 'data'])
+def test_settings_that_would_change_what_a_margin_means_are_closed(name):
+    with pytest.raises(RiskError, match=f"no parameter '{name}'"):
+        LightGBM().check([name])
+
+
+def test_a_family_that_breaks_directions_cannot_win(tmp_path, synthetic):
+    contract, table = synthetic
+    frames = list(read_table(table, contract))
+    found = constrain(contract, fit_plan(contract, frames))
+    write_features(tmp_path / 'f.parquet', found.plan, contract, frames)
+    data = prepare_dataset(tmp_path / 'f.parquet', found.plan, contract.target.name, tmp_path / 'f.bin', directions=found.directions)
+    free = family('scorecard')
+    free.monotone = False
+    folds = cv_folds(data.target, {'folds': 3, 'seed': 1})
+    entries = compare([Candidate('free', free, {}, None), Candidate('weak', family('lightgbm'), {'num_leaves': 2, 'learning_rate': 1.0}, None)], data, folds,
+                      tune=None)
+    assert [e.candidate.name for e in entries] == ['weak', 'free']
+    assert leaderboard(entries, data)['eligible'] == [True, False]

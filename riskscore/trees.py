@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Trees']
 
-# %% ../nbs/06_trees.ipynb #8c6cedc5
+# %% ../nbs/06_trees.ipynb #cdcb39ee
+from itertools import accumulate, pairwise
 from typing import Any
 
 import lightgbm as lgb
@@ -14,7 +15,137 @@ import numpy.typing as npt
 
 from .core import RiskError
 
-# %% ../nbs/06_trees.ipynb #35e96a04
+# %% ../nbs/06_trees.ipynb #3b6eb398
+_KEYS = ('num_leaves', 'num_cat', 'split_feature', 'split_gain', 'threshold', 'decision_type', 'left_child', 'right_child', 'leaf_value', 'leaf_weight',
+         'leaf_count', 'internal_value', 'internal_weight', 'internal_count', 'is_linear', 'shrinkage')
+_CATEGORICAL = ('cat_boundaries', 'cat_threshold')
+_STATED = {'version': 'v4', 'num_class': '1', 'num_tree_per_iteration': '1', 'label_index': '0', 'objective': 'binary sigmoid:1'}
+_HEADER = {*_STATED, 'max_feature_idx', 'feature_names', 'feature_infos', 'tree_sizes'}
+_TAIL = b'end of trees\n\nfeature_importances:\n\nparameters:\nend of parameters\n\npandas_categorical:null\n'
+_DEEPEST = 1000 # LightGBM goes down a tree by recursion
+
+
+def _require(holds:Any, problem:str)->None:
+    "Refuses a text that is not as it must be."
+    if not holds:
+        raise ValueError(problem)
+
+# %% ../nbs/06_trees.ipynb #542cfe96
+def _numbers(
+    lines:list[bytes], # one for each tree
+    counts:npt.ArrayLike, # numbers on each line, or on all alike
+    kind:type, # int or float
+)->npt.NDArray[Any]: # the numbers of all lines
+    "Reads the numbers of many lines."
+    text, allowed = b' '.join(line for line in lines if line), b'-0123456789 ' if kind is int else b'-+.e0123456789 inf' # a threshold may be infinite
+    lengths, padded = np.array([line.count(b' ') + bool(line) for line in lines]), b' ' + text + b' '
+    _require((lengths == counts).all() and not text.translate(None, allowed), 'a list is too short, too long, or holds other things than numbers')
+    if kind is float or not text:
+        return np.array(list(map(float, text.split(b' '))) if text else [], dtype=kind)
+    _require(padded.count(b' -') == padded.count(b'-') and not any(odd in padded for odd in (b'- ', b'  ')), 'a list holds other things than numbers')
+    return np.fromstring(text, dtype=np.int64, sep=' ')
+
+# %% ../nbs/06_trees.ipynb #fa3fdfa1
+def _header(
+    model:bytes, # LightGBM's text
+)->tuple[int, list[int]]: # how many features there are; where each tree begins, and where the last one ends
+    "Reads what is above the trees."
+    end = model.find(b'\n\n')
+    lines = model[:max(end, 0)].decode().split('\n')
+    stated = dict(line.partition('=')[::2] for line in lines[1:])
+    _require(lines[0] == 'tree' and len(stated) == len(lines) - 1 and stated.keys() - {'monotone_constraints'} == _HEADER, 'its header is incomplete')
+    other = [f'{key}={stated[key]}' for key, value in _STATED.items() if stated[key] != value]
+    _require(not other, f'its header says {", ".join(other)}')
+    width = int(_numbers([stated['max_feature_idx'].encode()], 1, int)[0]) + 1
+    lists = [stated['feature_names'], stated['feature_infos'], *([stated['monotone_constraints']] if 'monotone_constraints' in stated else [])]
+    _require(width > 0 and all(len(text.split(' ')) == width and all(text.split(' ')) for text in lists), f'its header does not name {width} features')
+    sizes = stated['tree_sizes'].encode()
+    return width, list(accumulate(_numbers([sizes], sizes.count(b' ') + 1, int).tolist(), initial=end + 2))
+
+# %% ../nbs/06_trees.ipynb #205de311
+def _blocks(
+    model:bytes, # LightGBM's text
+    starts:list[int], # where each tree begins, and where the last one ends
+)->dict[str, list[bytes]]: # key to what each tree says
+    "Cuts the text of the trees into lines."
+    _require(all(a < b for a, b in pairwise(starts)) and model.startswith(b'end of trees\n', starts[-1]), 'its trees do not have the stated lengths')
+    rows = [model[a:b].split(b'\n') for a, b in pairwise(starts)]
+    _require(all(row[0] == b'Tree=%d' % i and row[-3:] == [b'', b'', b''] for i, row in enumerate(rows)), 'its trees do not begin where its header says')
+    keys, found = (*_KEYS[:-2], *_CATEGORICAL, *_KEYS[-2:]), {}
+    short, long = len(_KEYS) + 4, len(keys) + 4
+    _require(all(len(row) == (short if row[2] == b'num_cat=0' else long) for row in rows), 'a tree has lines too few or too many')
+    rows = [row if len(row) == long else [*row[:15], b'cat_boundaries=0', b'cat_threshold=', *row[15:]] for row in rows]
+    for place, key in enumerate(keys, start=1):
+        lead = f'{key}='.encode()
+        _require(all(row[place].startswith(lead) for row in rows), f'a tree does not say its {key}')
+        found[key] = [row[place][len(lead):] for row in rows]
+    return found
+
+# %% ../nbs/06_trees.ipynb #3b3c2cb2
+def _check_shape(
+    left:npt.NDArray[np.int64], # (inner nodes of all trees,) an inner node of the same tree, or ~leaf
+    right:npt.NDArray[np.int64], # the same
+    leaves:npt.NDArray[np.int64], # (trees,) leaves of each tree
+)->None:
+    "Each tree is one: nothing goes back, and every node and leaf has one parent."
+    inner = leaves - 1
+    first, tree = np.cumsum(inner) - inner, np.repeat(np.arange(len(leaves)), inner)
+    node, child = np.tile(np.arange(len(left)) - first[tree], 2), np.concatenate([left, right])
+    tree, is_leaf = np.tile(tree, 2), child < 0
+    _require(np.where(is_leaf, ~child < leaves[tree], (child > node) & (child < inner[tree])).all(), 'a child is out of place')
+    places = np.where(is_leaf, ~child + (np.cumsum(leaves) - leaves)[tree], child + first[tree])
+    parents, roots = np.bincount(places[~is_leaf], minlength=len(left)), first[inner > 0]
+    parents[roots] += 1
+    owned = np.bincount(places[is_leaf], minlength=leaves.sum()) + np.repeat(leaves == 1, leaves)
+    _require((parents == 1).all() and (owned == 1).all(), 'a node has no parent, or two')
+    below, depth = np.where(is_leaf, -1, places).reshape(2, -1), 0
+    while len(roots):
+        roots, depth = below[:, roots].ravel(), depth + 1
+        roots = roots[roots >= 0]
+        _require(depth <= _DEEPEST, f'a tree is deeper than {_DEEPEST}')
+
+# %% ../nbs/06_trees.ipynb #5ea5ff06
+def _check_values(
+    said:dict[str, list[bytes]], # key to what each tree says
+    leaves:npt.NDArray[np.int64], # (trees,) leaves of each tree
+    width:int, # features
+)->None:
+    "Features, kinds of decisions, categories and values are possible ones."
+    inner, some = leaves - 1, np.where(leaves > 1, leaves, [len(w.split()) <= 1 and bool(w) for w in said['leaf_weight']])
+    feature, kind = (_numbers(said[key], inner, int) for key in ('split_feature', 'decision_type'))
+    threshold, value = _numbers(said['threshold'], inner, float), _numbers(said['leaf_value'], leaves, float)
+    _require(((feature >= 0) & (feature < width)).all() and ((kind >= 0) & (kind < 12)).all(), 'a decision is about no feature or of no kind')
+    _require(np.isfinite(value).all() and not np.isnan(threshold).any(), 'a value is not finite')
+    cats = _numbers(said['num_cat'], 1, int)
+    by_level, known = (kind & 1) == 1, np.repeat(cats, inner)
+    _require(((threshold == np.floor(threshold)) & (threshold >= 0) & (threshold < known))[by_level].all(), 'a decision is about no known categories')
+    bounds, ends = _numbers(said['cat_boundaries'], cats + 1, int), np.cumsum(cats + 1)
+    _require((bounds[ends - cats - 1] == 0).all() and (np.delete(np.diff(bounds), ends[:-1] - 1) > 0).all(), 'categories overlap')
+    _require((_numbers(said['cat_threshold'], bounds[ends - 1], int) >= 0).all(), 'categories are no sets')
+    for key, counts in {'leaf_count': leaves, 'internal_count': inner}.items():
+        count = _numbers(said[key], counts, int)
+        _require(((count >= 0) & (count < 2**31)).all(), 'a count is impossible')
+    for key, counts in {'split_gain': inner, 'internal_value': inner, 'internal_weight': inner, 'leaf_weight': some}.items():
+        _numbers(said[key], counts, float) # LightGBM reads them too
+    _require(set(said['is_linear']) == {b'0'} and np.isfinite(_numbers(said['shrinkage'], 1, float)).all(), 'its leaves are no plain numbers')
+
+# %% ../nbs/06_trees.ipynb #cd5c7d70
+def _checked(
+    text:str, # LightGBM's text format
+)->str: # the same trees, without what follows them
+    "Refuses what LightGBM would not survive."
+    model = text.encode()
+    _require(not any(c in model for c in (b'\0', b'\r')), 'it holds characters that are no text')
+    width, starts = _header(model)
+    said = _blocks(model, starts)
+    leaves = _numbers(said['num_leaves'], 1, int)
+    _require((leaves > 0).all(), 'a tree has no leaves')
+    left, right = (_numbers(said[key], leaves - 1, int) for key in ('left_child', 'right_child'))
+    _check_shape(left, right, leaves)
+    _check_values(said, leaves, width)
+    return (model[:starts[-1]] + _TAIL).decode()
+
+# %% ../nbs/06_trees.ipynb #29d1564e
 class Trees:
     "Trees that add up to a margin."
 
@@ -24,8 +155,8 @@ class Trees:
         text:str, # LightGBM's text format
     ):
         try:
-            self.family, self.text, self.booster = family, text, lgb.Booster(model_str=text)
-        except lgb.basic.LightGBMError as error:
+            self.family, self.text, self.booster = family, text, lgb.Booster(model_str=_checked(text))
+        except (ValueError, OverflowError, lgb.basic.LightGBMError) as error:
             raise RiskError(f'This is no {family} model: {error}. Restore the bundle or train again.') from error
 
     @property

@@ -4,9 +4,14 @@ import io
 import json
 import os
 import pickle
+import re
 import shutil
+import subprocess
+import sys
 import warnings
+from time import perf_counter
 
+import lightgbm as lgb
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -17,6 +22,7 @@ from small_bundle import applications, small_bundle, small_scorer
 from riskscore.bundle import load_bundle, write_pointer
 from riskscore.contract import check_frame
 from riskscore.core import RiskError
+from riskscore.trees import Trees
 
 FILES = ['model.txt', 'plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json', 'manifest.json']
 
@@ -165,3 +171,67 @@ def test_an_empty_table_scores_to_an_empty_answer(scorer):
 def test_bundles_of_two_processes_do_not_disturb_each_other(tmp_path):
     first, second = small_scorer(tmp_path / 'a'), load_bundle(small_bundle(tmp_path / 'b', trees=5))
     assert first.version != second.version
+
+
+TAMPER = r"""
+import sys
+import numpy as np
+from riskscore.core import RiskError
+from riskscore.trees import Trees
+
+def attempt(text):
+    "Loads and scores, as a tampered bundle would; 1 when it is refused."
+    try:
+        model = Trees('lightgbm', text)
+    except RiskError:
+        return 1
+    x = np.random.default_rng(1).normal(size=(50, model.width)).astype(np.float32)
+    assert model.margin(x).shape == (50,) and model.contributions(x).shape == (50, model.width + 1)
+    return 0
+
+text, rng = open(sys.argv[1], encoding='utf-8').read(), np.random.default_rng(0)
+start, end = text.index('Tree=0'), text.index('end of trees')
+first = text.index('left_child=') + len('left_child=')
+word = text[first:].split(' ', 1)[0]
+print(attempt(text), attempt(text[:first] + '0'.rjust(len(word), '0') + text[first + len(word):]), attempt(text[:(start + end) // 2]),
+      attempt(text[:first] + '0 ' + text[first:]), attempt(text[:start] + text[start + 1:]), attempt(text.replace('is_linear=0', 'is_linear=1')))
+refused = 0
+for _ in range(200):
+    changed = list(text)
+    for place in rng.integers(0 if rng.random() < 0.3 else start, end, rng.integers(1, 4)):
+        changed[place] = chr(rng.choice([*b'0123456789-. =e', rng.integers(1, 127)]))
+    refused += attempt(''.join(changed))
+print(refused)
+"""
+
+
+def varied_trees(rounds, leaves=8):
+    "Boosted trees over numbers, missing values and a category."
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(4000, 5)).astype(np.float32)
+    x[:, 2], x[rng.random(x.shape) < 0.1] = rng.integers(0, 60, len(x)), np.nan
+    odds = np.nan_to_num(x[:, 0]) + rng.normal(0, 0.4, 60)[np.nan_to_num(x[:, 2]).astype(int)]
+    settings = {'objective': 'binary', 'verbosity': -1, 'num_threads': 1, 'num_leaves': leaves, 'monotone_constraints': [1, 0, 0, 0, 0]}
+    data = lgb.Dataset(x, rng.random(len(x)) < 1 / (1 + np.exp(-odds)), categorical_feature=[2], params=settings)
+    return lgb.train(settings, data, rounds), x
+
+
+def test_tampered_trees_are_refused_and_neither_hang_nor_crash(tmp_path):
+    booster, x = varied_trees(10)
+    text = booster.model_to_string()
+    assert re.search('\nnum_cat=[1-9]', text)
+    np.testing.assert_array_equal(Trees('lightgbm', text).margin(x), booster.predict(x, raw_score=True))
+    (tmp_path / 'model.txt').write_text(text, encoding='utf-8')
+    done = subprocess.run([sys.executable, '-c', TAMPER, tmp_path / 'model.txt'], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]
+    known, *_, refused = done.stdout.splitlines() # LightGBM may warn in between
+    assert known == '0 1 1 1 1 1' and int(refused) > 50
+
+
+def test_checking_a_thousand_trees_is_quick():
+    text, seconds = varied_trees(50, 31)[0].model_to_string(), []
+    for _ in range(5):
+        begun = perf_counter()
+        Trees('lightgbm', text)
+        seconds.append(perf_counter() - begun)
+    assert min(seconds) < 0.02, seconds # 50 trees; a thousand take 20 times as long, and most of it is LightGBM's own reading

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['BUNDLE_FORMAT', 'write_bundle', 'Scorer', 'load_bundle', 'add_documents', 'read_document', 'write_policy',
-           'read_policy', 'write_pointer']
+           'read_policy', 'write_pointer', 'pointed_policy']
 
-# %% ../nbs/09_bundle.ipynb #68030170
+# %% ../nbs/09_bundle.ipynb #2ed8d7ca
 import json
 import os
 import re
@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from .calibration import Calibration
 from .contract import Contract, check_record, parse_contract
-from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, frame_rows, listing, suggest, write_text
+from .core import Frame, RiskError, atomic_path, canonical_json, digest_bytes, frame_rows, listing, write_text
 from .features import FeaturePlan, plan_from_json, plan_to_json
-from .policy import Policy, judge, policy_from_dict, score_points
+from .policy import Policy, _policy_misfits, judge, policy_from_dict, score_points
 from .predictors import FORMATS, Predictor, load_predictor
 from .reasons import REASON_LIMIT, Mixture, Reasons, explain, mixture, reasons_from_dict, reasons_to_dict, with_knockouts
 
@@ -154,7 +154,7 @@ def _record(scorer:Scorer, application:Mapping[str, Any], explained:bool)->dict[
               'value': value if value == value else None, 'policy_version': scorer.policy.version, 'flags': [v.message for v in violations]}
     return answer | {'reasons': scorer.explain(typed, features)[0]} if explained else answer
 
-# %% ../nbs/09_bundle.ipynb #31e18f79
+# %% ../nbs/09_bundle.ipynb #94da7fdf
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
     policy:str|Path|None=None, # a policy file that takes the place of the bundle's own; None: that of the pointer, if it names one
@@ -163,7 +163,7 @@ def load_bundle(
     directory, expected, other = _follow(Path(path))
     files = _verified(directory, expected)
     family = json.loads(files['manifest.json'])['family']
-    predictor, plan = load_predictor(family, files[FORMATS[family].file]), plan_from_json(files['plan.json'].decode())
+    predictor, plan = _read_model(directory, family, files)
     if predictor.width != len(plan.names):
         raise RiskError(f'Bundle {directory}: the model wants {predictor.width} features, the plan gives {len(plan.names)}. Train again.')
     content = {name.removesuffix('.json'): json.loads(data) for name, data in files.items() if name.endswith('.json') and name != 'plan.json'}
@@ -173,18 +173,27 @@ def load_bundle(
         raise RiskError(f'Bundle {directory}: the plan reads columns that the contract lacks: {listing(unknown)}. Train again.')
     told = content.get('reasons', {})
     own = policy_from_dict(content['policy'], f'{directory}/policy.json')
+    _require_fit(own, contract, f'{directory}/policy.json')
     scorer = Scorer(_version(files['manifest.json']), contract, plan, predictor, Calibration(**content['calibration']), own, content['metadata'],
                     reasons_from_dict(told['reasons'], plan.names) if told else None, told.get('recourse'))
     named = policy or other
     return replace(scorer, policy=read_policy(named, contract)) if named else scorer
 
-# %% ../nbs/09_bundle.ipynb #e684d3bf
+# %% ../nbs/09_bundle.ipynb #93872d15
+def _read_model(directory:Path, family:str, files:Mapping[str, bytes])->tuple[Predictor, FeaturePlan]:
+    "The model and its features."
+    try:
+        return load_predictor(family, files[FORMATS[family].file]), plan_from_json(files['plan.json'].decode())
+    except UnicodeDecodeError as error:
+        raise RiskError(f'Bundle {directory} holds a text that is none: {error}. Restore it or train again.') from error
+
+# %% ../nbs/09_bundle.ipynb #2bbfdf23
 def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     "All files of a bundle, each equal to its digest."
     try:
         manifest = (directory / 'manifest.json').read_bytes()
         content = json.loads(manifest)
-        stated, version, family = content['files'], content['format'], str(content.get('family'))
+        stated, version, family = dict(content['files'].items()), content['format'], str(content.get('family'))
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RiskError(f'{directory} is no complete bundle: {error}. Build one with `ploomber build`.') from error
     if version != BUNDLE_FORMAT or family not in FORMATS:
@@ -205,22 +214,38 @@ def _read_files(directory:Path, names:Iterable[str])->dict[str, bytes]:
     except OSError as error:
         raise RiskError(f'{directory} is no complete bundle: {error}. Build one with `ploomber build`.') from error
 
-# %% ../nbs/09_bundle.ipynb #8ba4eb8b
+# %% ../nbs/09_bundle.ipynb #f1e89bed
 def add_documents(
     bundle:Path, # a bundle's directory
     documents:Mapping[str, str], # file name to text; those of the same name are replaced
 )->None:
     "Puts papers into a bundle."
-    listed = _documents(bundle)
+    listed, own = _documents(bundle), {*_listed_files(bundle), 'manifest.json', 'run.json', 'documents.json'}
+    refused = [f'{name} belongs to the model' if name in own else f'{name} is no plain file name' for name in documents
+               if name in own or name != Path(name).name or name in ('', '..') or '\\' in name]
+    if refused:
+        raise RiskError(f'These cannot be documents of the bundle {bundle}; name them for example card.md:', refused)
     for name, text in documents.items():
-        write_text(bundle / Path(name).name, text)
-    write_text(bundle / 'documents.json', canonical_json(listed | {Path(n).name: digest_bytes(t.encode()) for n, t in documents.items()}))
+        write_text(bundle / name, text)
+    write_text(bundle / 'documents.json', canonical_json(listed | {n: digest_bytes(t.encode()) for n, t in documents.items()}))
 
-# %% ../nbs/09_bundle.ipynb #fefbca56
+# %% ../nbs/09_bundle.ipynb #ca41aa5e
+def _listed_files(bundle:Path)->list[str]:
+    "Names of the files that the manifest lists, where there is one."
+    path = bundle / 'manifest.json'
+    try:
+        return [str(name) for name in json.loads(path.read_bytes())['files']] if path.exists() else []
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RiskError(f'{bundle} is no complete bundle: {error}. Build one with `ploomber build`.') from error
+
+# %% ../nbs/09_bundle.ipynb #7d4bcbc9
 def _documents(bundle:Path)->dict[str, str]:
     "Names and digests of the documents in a bundle."
     path = bundle / 'documents.json'
-    return json.loads(path.read_text(encoding='utf-8')) if path.exists() else {}
+    try:
+        return dict(json.loads(path.read_bytes()).items()) if path.exists() else {}
+    except (OSError, ValueError, AttributeError) as error:
+        raise RiskError(f'{path} is no list of documents: {error}. Delete it, and build the model card again.') from error
 
 # %% ../nbs/09_bundle.ipynb #49ba7f46
 def read_document(
@@ -245,7 +270,7 @@ def write_policy(
     write_text(path, canonical_json(policy.to_dict()))
     return path
 
-# %% ../nbs/09_bundle.ipynb #ab68d774
+# %% ../nbs/09_bundle.ipynb #26c1248e
 def read_policy(
     path:str|Path, # a JSON file
     contract:Contract, # whose columns it may read
@@ -257,11 +282,15 @@ def read_policy(
         raise error if isinstance(error, RiskError) else RiskError(f'There is no policy at {path}: {error}.') from error
     if re.fullmatch('[0-9a-f]{12}', Path(path).stem) and Path(path).stem != policy.version:
         raise RiskError(f'Policy {path} was changed after it was written: its content has the version {policy.version}. Restore it, or write a new one.')
-    needed = [*policy.rules.columns, *([policy.amount] if policy.amount else [])]
-    unknown = [f'column {n}.{suggest(n, contract.columns)}' for n in dict.fromkeys(needed) if n not in contract.columns]
-    if unknown:
-        raise RiskError(f'Policy {path} needs columns that the contract {contract.name} does not have:', unknown)
+    _require_fit(policy, contract, f'Policy {path}')
     return policy
+
+# %% ../nbs/09_bundle.ipynb #79afa0bb
+def _require_fit(policy:Policy, contract:Contract, source:str)->None:
+    "Refuses a policy that cannot judge the applications of a contract, or would judge otherwise than it says."
+    problems = _policy_misfits(policy, contract)
+    if problems:
+        raise RiskError(f'{source} does not fit the contract {contract.name}:', problems)
 
 # %% ../nbs/09_bundle.ipynb #c8abe181
 def write_pointer(
@@ -285,3 +314,15 @@ def _follow(path:Path)->tuple[Path, str|None, Path|None]:
         return path.parent / content['path'], str(content['version']), path.parent / policy if policy else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RiskError(f'There is no model at {path}: {error}. Build one with `ploomber build`, or name a bundle directory.') from error
+
+# %% ../nbs/09_bundle.ipynb #a8878df1
+def pointed_policy(
+    pointer:str|Path, # such as data/models/champion.json; it need not exist
+    bundle:Path, # a bundle's directory
+)->Path|None: # the policy file; None without a pointer, when it names another model, or no policy
+    "The policy that a pointer already names for this very bundle."
+    try:
+        _, version, policy = _follow(Path(pointer))
+    except RiskError:
+        return None
+    return policy if version == bundle.name and policy and policy.is_file() else None

@@ -156,6 +156,26 @@ def policy_from_dict(
         raise RiskError(f'{source} is no policy that could decide:', problems)
     return policy
 
+# %% ../nbs/05_policy.ipynb #513d02be
+def _policy_misfits(
+    policy:Policy, # from a file
+    contract:Contract, # of the applications that it is to judge
+)->list[str]: # problems, each a sentence
+    "What keeps a policy from judging the applications of a contract."
+    needed = [*policy.rules.columns, *([policy.amount] if policy.amount else [])]
+    unknown = [f'column {n} is not in the contract {contract.name}.{suggest(n, contract.columns)}' for n in dict.fromkeys(needed) if n not in contract.columns]
+    if unknown:
+        return unknown
+    amount = contract.columns[policy.amount] if policy.amount else None
+    problems = [f'amount: column {amount.name} is a {amount.kind}; an amount must be a number.'] if amount and amount.kind not in ('number', 'integer') else []
+    written = tuple({'name': r['name'], 'when': r['text'], 'decision': r['decision'], 'words': r['words']} for r in policy.knockouts)
+    try:
+        meant = compile_knockouts(replace(contract, knockouts=written))
+    except RiskError as error:
+        return [*problems, *error.problems]
+    return problems + [f"knock-out {rule['name']}: it does not compute what its text says ({rule['text']}). Write the rule anew." for rule, other in
+                       zip(policy.knockouts, meant, strict=True) if from_json(rule['when']).to_json() != other['when']]
+
 # %% ../nbs/05_policy.ipynb #7aaa24e1
 def fit_policy(
     contract:Contract, # value matrix, amount column and currency

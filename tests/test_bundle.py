@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import warnings
+from dataclasses import replace
 from time import perf_counter
 
 import lightgbm as lgb
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from house import is_pickled
 from small_bundle import applications, small_bundle, small_scorer
 
-from riskscore.bundle import load_bundle, write_pointer
+from riskscore.bundle import add_documents, load_bundle, pointed_policy, read_document, write_pointer, write_policy
 from riskscore.contract import check_frame
 from riskscore.core import RiskError
 from riskscore.trees import Trees
@@ -235,3 +236,54 @@ def test_checking_a_thousand_trees_is_quick():
         Trees('lightgbm', text)
         seconds.append(perf_counter() - begun)
     assert min(seconds) < 0.02, seconds # 50 trees; a thousand take 20 times as long, and most of it is LightGBM's own reading
+
+
+@pytest.mark.parametrize('listed', [[], None, 'model.txt', [['model.txt', 'x']]])
+def test_a_manifest_without_a_list_of_digests_is_refused(bundle, tmp_path, listed):
+    copy = tmp_path / 'copy'
+    shutil.copytree(bundle, copy)
+    content = json.loads((copy / 'manifest.json').read_text())
+    (copy / 'manifest.json').write_text(json.dumps(content | {'files': listed}))
+    with pytest.raises(RiskError, match='no complete bundle'):
+        load_bundle(copy)
+
+
+def test_a_model_that_is_no_text_is_refused_though_its_digest_fits(bundle, tmp_path):
+    copy = tmp_path / 'copy'
+    shutil.copytree(bundle, copy)
+    (copy / 'model.txt').write_bytes(b'\xff\xfe')
+    content = json.loads((copy / 'manifest.json').read_text())
+    content['files']['model.txt'] = hashlib.sha256(b'\xff\xfe').hexdigest()
+    (copy / 'manifest.json').write_text(json.dumps(content))
+    with pytest.raises(RiskError, match='a text that is none'):
+        load_bundle(copy)
+
+
+@pytest.mark.parametrize('name', ['model.txt', 'policy.json', 'manifest.json', 'run.json', 'documents.json', '../card.md', '/a.md', 'a/b.md', '', '.', '..'])
+def test_no_document_takes_the_place_of_a_file_or_leaves_the_bundle(bundle, tmp_path, name):
+    copy = tmp_path / 'models' / bundle.name
+    shutil.copytree(bundle, copy)
+    before = {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()}
+    with pytest.raises(RiskError, match='cannot be documents'):
+        add_documents(copy, {'card.md': 'good', name: 'bad'})
+    assert {p: p.read_bytes() for p in tmp_path.rglob('*') if p.is_file()} == before
+
+
+@pytest.mark.parametrize('content', ['', '[]', 'null', '{"card.md":', '3'])
+def test_a_broken_list_of_documents_is_refused_in_words(tmp_path, content):
+    (tmp_path / 'documents.json').write_text(content)
+    for use in (lambda: read_document(tmp_path, 'card.md'), lambda: add_documents(tmp_path, {'card.md': 'x'})):
+        with pytest.raises(RiskError, match='no list of documents'):
+            use()
+
+
+def test_a_rebuilt_model_keeps_the_policy_in_force(tmp_path):
+    bundle, pointer = small_bundle(tmp_path), tmp_path / 'champion.json'
+    assert pointed_policy(pointer, bundle) is None
+    careful = replace(load_bundle(pointer).policy, approve_below=0.01)
+    write_pointer(pointer, bundle, write_policy(tmp_path, careful))
+    again = small_bundle(tmp_path / 'again')
+    assert again.name == bundle.name
+    write_pointer(pointer, bundle, pointed_policy(pointer, again))
+    assert load_bundle(pointer).policy == careful
+    assert pointed_policy(pointer, bundle.with_name('0' * 16)) is None and pointed_policy(tmp_path / 'none.json', bundle) is None

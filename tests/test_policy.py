@@ -256,3 +256,21 @@ def test_the_profit_curve_is_what_approving_below_each_cut_off_is_worth():
         assert np.isnan(rate) if not below.any() else rate == pytest.approx(pd[kept][below].mean())
         gain = amount[kept] * ((1 - pd[kept]) * 0.10 - pd[kept] * 0.55)
         assert value == pytest.approx(gain[below].sum(), abs=1e-6)
+
+
+@pytest.mark.parametrize('change, message', [
+    ({'knockouts': lambda r: [r | {'text': 'amount > 9000'}]}, r'does not compute what its text says \(amount > 9000\)'),
+    ({'knockouts': lambda r: [r | {'when': ['where', ['gt', ['column', 'amount'], ['number', 901]], ['number', 1], ['number', 0]]}]}, 'does not compute'),
+    ({'knockouts': lambda r: [r | {'text': 'job < 3', 'when': ['lt', ['column', 'job'], ['number', 3]]}]}, 'job'),
+    ({'knockouts': lambda r: [r | {'text': 'amount >'}]}, 'Cannot read the expression'),
+    ({'amount': lambda _: 'job'}, 'column job is a category; an amount must be a number'),
+    ({'amount': lambda _: 'asked_on'}, 'column asked_on is a date; an amount must be a number'),
+])
+def test_a_policy_means_what_it_says(champion, tmp_path, change, message):
+    own = load_bundle(champion).policy.to_dict()
+    key, edit = next(iter(change.items()))
+    (tmp_path / 'edited.json').write_text(json.dumps(own | {key: edit(own['knockouts'][0])}))
+    with pytest.raises(RiskError, match=message):
+        load_bundle(champion, policy=tmp_path / 'edited.json')
+    (tmp_path / 'same.json').write_text(json.dumps(own))
+    assert load_bundle(champion, policy=tmp_path / 'same.json').policy.to_dict() == own

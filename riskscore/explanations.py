@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['by_decision', 'reason_shares', 'recourse_cases', 'letters', 'explanation_words']
 
-# %% ../nbs/39_explanations.ipynb #bf741c05
+# %% ../nbs/39_explanations.ipynb #f521eb66
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from .bundle import Scorer
 from .core import Frame, RiskError, frame_rows
 from .faithfulness import Faithfulness
+from .reasons import OVERALL, OVERALL_WORDS
 from .recourse import find_recourse, recourse_from_dict
 
 # %% ../nbs/39_explanations.ipynb #19aa10e0
@@ -57,10 +58,10 @@ def _spread(frame:Frame, rows:int)->Frame:
     count = frame_rows(frame)
     return _take(frame, np.unique(np.linspace(0, count - 1, min(rows, count)).astype(np.intp)) if count else np.empty(0, dtype=np.intp))
 
-# %% ../nbs/39_explanations.ipynb #43c626f0
+# %% ../nbs/39_explanations.ipynb #1f24cbf4
 def _words(scorer:Scorer)->dict[str, str]:
     "English words of each group of reasons."
-    return dict(zip(scorer.reasons.groups, scorer.reasons.words['en'], strict=True)) if scorer.reasons else {}
+    return dict(zip(scorer.reasons.groups, scorer.reasons.words['en'], strict=True)) | {OVERALL: OVERALL_WORDS['en']} if scorer.reasons else {}
 
 # %% ../nbs/39_explanations.ipynb #950d1d91
 def recourse_cases(

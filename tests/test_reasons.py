@@ -1,5 +1,6 @@
 """Reasons tell the truth: they add up, they name what moves the decision, and they read the same for a table and for one application."""
 import json
+from dataclasses import replace
 from timeit import repeat
 
 import numpy as np
@@ -172,6 +173,27 @@ def test_a_rule_that_fired_is_the_first_reason(synthetic):
     rows = synthetic.scorer.explain(broke)
     assert all(row[0]['group'] == 'debt_ratio' and row[0]['direction'] == 'rule' and len(row) <= REASON_LIMIT for row in rows)
     assert set(judge(synthetic.scorer.policy, np.zeros(5), broke)[0]) == {'refer'}
+
+
+def test_nobody_is_refused_without_a_reason_even_by_a_stricter_policy(synthetic):
+    usual = synthetic.scorer.reasons
+    strict = replace(synthetic.scorer, policy=replace(synthetic.scorer.policy, approve_below=0.0, decline_from=0.0),
+                     reasons=replace(usual, mean=tuple(m + 0.03 for m in usual.mean)))
+    safest = take(synthetic.future, np.argsort(synthetic.scorer.frame(synthetic.future)['pd'])[:150])
+    assert set(strict.frame(safest)['decision']) == {'decline'}
+    rows = strict.explain(safest)
+    assert all(rows)
+    plain = [i for i, row in enumerate(rows) if row[0]['group'] == 'overall']
+    assert 0 < len(plain) < 150
+    for i in plain:
+        [reason] = rows[i]
+        assert (reason['direction'], reason['feature']) == ('different', None) and reason['effect'] <= 0
+        assert reason['en'] == 'Your details taken together: no single one stands out'
+        assert reason['es'] == 'El conjunto de sus datos: ninguno destaca por sí solo'
+    typed = one(safest, plain[0])
+    [alone] = strict.explain(typed, strict.plan.record(typed)[None, :])[0]
+    assert alone == rows[plain[0]][0] | {'effect': pytest.approx(rows[plain[0]][0]['effect'], abs=1e-6)}
+    assert reason_shares(strict, take(safest, np.array(plain)))['reason'] == ['Your details taken together: no single one stands out']
 
 
 def test_a_bundle_without_reasons_says_so(tmp_path):

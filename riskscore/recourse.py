@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['Score', 'Recourse', 'recourse_from_dict', 'fit_recourse', 'find_recourse']
 
-# %% ../nbs/10_recourse.ipynb #1ae40287
+# %% ../nbs/10_recourse.ipynb #bd7eea33
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import date, timedelta
 from itertools import combinations, product
 from typing import Any
 
@@ -17,7 +18,7 @@ import numpy.typing as npt
 from .contract import LANGUAGES, Column, Contract
 from .core import Frame, RiskError
 
-# %% ../nbs/10_recourse.ipynb #994dbd8d
+# %% ../nbs/10_recourse.ipynb #f735d8b2
 @dataclass(frozen=True)
 class Recourse:
     "What applicants can change, learnt from history: plain data."
@@ -28,14 +29,17 @@ class Recourse:
     limits: Mapping[str, tuple[float, float]]  # column to the lowest and highest plausible value
     links: tuple[tuple[str, str, float, float], ...]  # two columns, and the range of their ratio
     words: Mapping[str, Mapping[str, str]]  # column to its words
+    dates: tuple[str, ...] = ()  # columns that are days since 1970-01-01
+    flags: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # flag to its levels, no and yes
 
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON types; `recourse_from_dict` reads them back."
         return {'numbers': {n: list(v) for n, v in self.numbers.items()}, 'levels': {n: dict(v) for n, v in self.levels.items()},
                 'directions': dict(self.directions), 'limits': {n: list(v) for n, v in self.limits.items()},
-                'links': [list(link) for link in self.links], 'words': {n: dict(v) for n, v in self.words.items()}}
+                'links': [list(link) for link in self.links], 'words': {n: dict(v) for n, v in self.words.items()},
+                'dates': list(self.dates), 'flags': {n: list(v) for n, v in self.flags.items()}}
 
-# %% ../nbs/10_recourse.ipynb #47075983
+# %% ../nbs/10_recourse.ipynb #c3f21095
 def recourse_from_dict(
     content:Any, # what Recourse.to_dict gave
 )->Recourse: # the same
@@ -43,11 +47,11 @@ def recourse_from_dict(
     try:
         return Recourse({n: tuple(v) for n, v in content['numbers'].items()}, content['levels'], content['directions'],
                         {n: (low, high) for n, (low, high) in content['limits'].items()}, tuple((a, b, x, y) for a, b, x, y in content['links']),
-                        content['words'])
+                        content['words'], tuple(content.get('dates', ())), {n: (no, yes) for n, (no, yes) in content.get('flags', {}).items()})
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise RiskError(f'These are no ranges for recourse: {type(error).__name__} {error}. Train again.') from error
 
-# %% ../nbs/10_recourse.ipynb #0d8ffb65
+# %% ../nbs/10_recourse.ipynb #5feed976
 _SHARES = np.linspace(0, 1, 101)
 _RARE_LEVEL = 0.01  # levels of fewer applicants are not proposed
 
@@ -69,7 +73,8 @@ def fit_recourse(
     amounts = [c.name for c in numeric if c.kind in ('number', 'integer')]
     links = [_link(a, b, history) for a, b in combinations(amounts, 2)]
     return Recourse(numbers, levels, {c.name: c.mutable for c in mutable}, {c.name: _plausible(c, numbers[c.name]) for c in numeric},
-                    tuple(link for link in links if link), {c.name: dict(c.words) for c in mutable})
+                    tuple(link for link in links if link), {c.name: dict(c.words) for c in mutable},
+                    tuple(c.name for c in mutable if c.kind == 'date'), {c.name: c.levels or ('0', '1') for c in mutable if c.kind == 'flag'})
 
 # %% ../nbs/10_recourse.ipynb #9cb4c88e
 def _known(values:npt.NDArray[Any])->npt.NDArray[Any]:
@@ -188,10 +193,24 @@ def _frame(typed:Mapping[str, Any], changes:list[dict[str, Any]])->Frame:
         frame[name] = np.array(values, dtype=object if text else np.float64)
     return frame
 
-# %% ../nbs/10_recourse.ipynb #f039bda7
+# %% ../nbs/10_recourse.ipynb #473fe2dd
+_NO_YES = {'en': ('no', 'yes'), 'es': ('no', 'sí')}
+_PLAIN_FLAGS = (('0', '1'), ('n', 'y'), ('no', 'yes'), ('f', 't'), ('false', 'true')) # said in words
+
+
+def _shown(ranges:Recourse, name:str, value:Any, language:str)->str:
+    "A value as a customer reads it."
+    if name in ranges.dates:
+        return (date(1970, 1, 1) + timedelta(days=round(float(value)))).isoformat()
+    if name in ranges.flags:
+        levels = tuple(str(level) for level in ranges.flags[name])
+        return (_NO_YES[language] if tuple(level.lower() for level in levels) in _PLAIN_FLAGS else levels)[int(value)]
+    return value if isinstance(value, str) else f'{value:,.0f}' if abs(value) >= 1e10 else f'{value:,.10g}'
+
+# %% ../nbs/10_recourse.ipynb #d80cbc71
 def _changes(ranges:Recourse, typed:Mapping[str, Any], change:Mapping[str, Any])->list[dict[str, Any]]:
     "What to change, in words."
     texts = {'en': '{}: {} instead of {}', 'es': '{}: {} en lugar de {}'}
-    shown = {n: [v if isinstance(v, str) else f'{v:,.10g}' for v in (value, typed[n])] for n, value in change.items()}
     return [{'column': n, 'from': typed[n] if isinstance(typed[n], str) else float(typed[n]), 'to': value,
-             **{k: texts[k].format(ranges.words[n].get(k, n), *shown[n]) for k in LANGUAGES}} for n, value in change.items()]
+             **{k: texts[k].format(ranges.words[n].get(k, n), *(_shown(ranges, n, v, k) for v in (value, typed[n]))) for k in LANGUAGES}}
+            for n, value in change.items()]

@@ -117,3 +117,26 @@ def test_any_contract_and_any_table_give_ranges_that_survive_json(data):
     score = lambda frame: {'pd': np.full(len(next(iter(frame.values()))), 0.5), 'decision': np.full(len(next(iter(frame.values()))), 'decline')}  # noqa: E731
     for i in range(min(3, len(next(iter(typed.values()))))):
         assert find_recourse(ranges, score, one(typed, i))['found'] is False
+
+
+def test_texts_tell_dates_as_dates_flags_in_words_and_sums_with_separators():
+    columns = {c.name: c for c in (Column('since', kind='date', mutable='any', words={'en': 'Customer since', 'es': 'Cliente desde'}),
+               Column('phone', kind='flag', levels=('N', 'Y'), mutable='up'), Column('home', kind='flag', levels=('rents', 'owns'), mutable='up'),
+               Column('debt', mutable='down'))}
+    days, flag = np.arange(1000.0, 1200.0), np.tile([0.0, 1.0], 100)
+    history = {'since': days, 'phone': flag, 'home': flag, 'debt': days * 1e4}
+    ranges = recourse_from_dict(json.loads(json.dumps(fit_recourse(Contract('x', columns), history).to_dict())))
+    person = {'since': 1100.0, 'phone': 0.0, 'home': 0.0, 'debt': 11_500_000.0}
+
+    def text(good, language='en'):
+        score = lambda frame: {'pd': np.where(good(frame), 0.1, 0.5), 'decision': np.where(good(frame), 'approve', 'decline').astype(object)}  # noqa: E731
+        [change] = find_recourse(ranges, score, person)['changes']
+        return change[language]
+
+    assert text(lambda f: f['since'] <= 1096) == 'Customer since: 1973-01-01 instead of 1973-01-05'  # 1973-01-01 is day 1096
+    assert text(lambda f: f['since'] <= 1096, 'es') == 'Cliente desde: 1973-01-01 en lugar de 1973-01-05'
+    assert (text(lambda f: f['phone'] == 1), text(lambda f: f['phone'] == 1, 'es')) == ('phone: yes instead of no', 'phone: sí en lugar de no')
+    assert text(lambda f: f['home'] == 1) == 'home: owns instead of rents'
+    assert text(lambda f: f['debt'] <= 11_000_000) == 'debt: 11,000,000 instead of 11,500,000'
+    old = {k: v for k, v in ranges.to_dict().items() if k not in ('dates', 'flags')}  # as bundles of earlier versions hold it
+    assert recourse_from_dict(old).numbers == ranges.numbers

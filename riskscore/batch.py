@@ -183,7 +183,7 @@ def _ahead(
             coming = thread.submit(next, iterator, None)
             yield item
 
-# %% ../nbs/30_batch.ipynb #2d7caeb2
+# %% ../nbs/30_batch.ipynb #56426597
 @dataclass
 class BatchRun:
     "What happened to one file."
@@ -191,6 +191,7 @@ class BatchRun:
     source: Path  # the file that was scored
     out: Path  # the answers
     model_version: str
+    policy_version: str
     currency: str
     notes: list[str] = field(default_factory=list)  # what a person should know of the file as a whole
     digest: str = ''  # SHA-256 of the file
@@ -290,9 +291,11 @@ def _write(
         if result is None:
             raise RiskError(f'{run.source} holds no applications: there is nothing below its header.')
 
-# %% ../nbs/30_batch.ipynb #e4e62e68
+# %% ../nbs/30_batch.ipynb #63c626b8
 LOG_COLUMNS = ('time', 'input', 'digest', 'rows', 'scored', 'rejected', 'approved', 'referred', 'declined', 'value', 'currency',
-               'model_version', 'seconds', 'output')
+               'model_version', 'policy_version', 'seconds', 'output')
+
+_OLD_COLUMNS = tuple(name for name in LOG_COLUMNS if name != 'policy_version')  # of a log that an earlier version began
 
 
 def append_log(
@@ -301,18 +304,20 @@ def append_log(
 )->None:
     "Adds a line to the log of batch runs, also while other processes do."
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    text = io.StringIO()
-    csv.writer(text, lineterminator='\n').writerow([neutral(str(line[name])) for name in LOG_COLUMNS])
     with open(path, 'a+b') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         size = file.seek(0, os.SEEK_END)
         file.seek(max(size - 1, 0))
         before = ','.join(LOG_COLUMNS) + '\n' if not size else '' if file.read(1) == b'\n' else '\n'  # a line cut by a crash is ended
+        file.seek(0)
+        header = tuple(file.readline().decode(errors='replace').strip().split(','))
+        text = io.StringIO()
+        csv.writer(text, lineterminator='\n').writerow([neutral(str(line[n])) for n in (_OLD_COLUMNS if header == _OLD_COLUMNS else LOG_COLUMNS)])
         file.write((before + text.getvalue()).encode())
         file.flush()
         os.fsync(file.fileno())
 
-# %% ../nbs/30_batch.ipynb #73605bd2
+# %% ../nbs/30_batch.ipynb #0033615a
 def _keep(
     run:BatchRun, # finished
     archive:Path, # folder of all runs
@@ -330,10 +335,10 @@ def _keep(
     append_log(archive / 'log.csv', totals | {
         'time': f'{now:%Y-%m-%dT%H:%M:%SZ}', 'input': run.source, 'digest': run.digest, 'rows': run.rows, 'scored': run.scored,
         'rejected': run.rejected, 'value': round(run.value, 2), 'currency': run.currency, 'model_version': run.model_version,
-        'seconds': round(run.seconds, 3), 'output': kept / answers})
+        'policy_version': run.policy_version, 'seconds': round(run.seconds, 3), 'output': kept / answers})
     return kept
 
-# %% ../nbs/30_batch.ipynb #2acdf277
+# %% ../nbs/30_batch.ipynb #b1b7deb7
 def score_batch(
     source:str|Path, # a file of applications; of a folder or pattern the newest file
     bundle:Scorer|str|Path, # a loaded bundle, its directory, or a pointer such as data/models/champion.json
@@ -354,7 +359,7 @@ def score_batch(
     if file.resolve() == Path(out).resolve():
         raise RiskError(f'{out} holds the applications; writing the answers there would destroy them. Choose another name.')
     scorer = bundle if isinstance(bundle, Scorer) else load_bundle(bundle)
-    run = BatchRun(file, Path(out), scorer.version, scorer.contract.currency, [note] if note else [])
+    run = BatchRun(file, Path(out), scorer.version, scorer.policy.version, scorer.contract.currency, [note] if note else [])
     join = with_related(scorer.contract, related)[1]
     with ThreadPoolExecutor(1) as beside:
         digest = beside.submit(digest_file, file)

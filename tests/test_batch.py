@@ -333,12 +333,25 @@ def test_each_run_is_kept_and_logged(scorer, tmp_path):
         assert (run.kept / f'predictions{run.out.suffix}').read_bytes() == run.out.read_bytes()
         assert (run.kept / 'predictions.rejected.csv').read_bytes() == run.rejected_out.read_bytes()
         assert Path(line['output']).exists() and line['model_version'] == scorer.version and line['digest'] == run.digest
+        assert line['policy_version'] == scorer.policy.version
         assert (int(line['rows']), int(line['scored']), int(line['rejected'])) == (50, 49, 1)
         assert int(line['approved']) + int(line['referred']) + int(line['declined']) == 49
         assert float(line['value']) == pytest.approx(run.value, abs=0.01) and line['currency'] == 'EUR'
         assert dt.datetime.fromisoformat(line['time']).tzinfo is not None
     runs[0].out.write_text('edited')
     assert (runs[0].kept / 'predictions.csv').read_text() != 'edited'
+
+
+def test_a_log_of_an_earlier_version_keeps_its_columns_and_loses_no_line(scorer, tmp_path):
+    old = [name for name in LOG_COLUMNS if name != 'policy_version']
+    log = tmp_path / 'batches' / 'log.csv'
+    log.parent.mkdir()
+    log.write_text(','.join(old) + '\n' + ','.join(f'old-{name}' for name in old) + '\n')
+    path = write_csv(tmp_path / 'in.csv', applications(5))
+    run = score_batch(path, scorer, tmp_path / 'out.csv', archive=log.parent)
+    first, second = csv.DictReader(log.open())
+    assert list(first) == old and first['output'] == 'old-output'
+    assert list(second) == old and second['model_version'] == scorer.version and second['output'] == str(run.kept / 'predictions.csv')
 
 
 def _add_lines(path, worker, count):

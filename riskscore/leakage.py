@@ -6,9 +6,9 @@
 __all__ = ['LIMITS', 'Finding', 'Part', 'extreme_parts', 'Strength', 'feature_strength', 'outcome_findings', 'sample_rows',
            'id_findings', 'time_findings', 'duplicate_findings', 'skew_findings']
 
-# %% ../nbs/26_leakage.ipynb #f959a916
+# %% ../nbs/26_leakage.ipynb #ffa22d3a
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Any, NamedTuple
@@ -167,12 +167,13 @@ def _one_way_auc(codes:npt.NDArray[np.float64], bad:npt.NDArray[np.bool_])->Esti
 # %% ../nbs/26_leakage.ipynb #058ed7a8
 LIMITS = {'auc': 0.80, 'look': 0.75, 'named': 0.60, 'pure': 0.75, 'odds': 20.0, 'safe_rows': 0.05}
 
-# %% ../nbs/26_leakage.ipynb #9d66f982
+# %% ../nbs/26_leakage.ipynb #54bd4a66
 def outcome_findings(
     strengths:Iterable[Strength], # of all features
     bad_rate:float, # of all rows that the strengths were measured on
     rows:int, # how many these are
     reads:Mapping[str, Sequence[str]]|None=None, # feature to the columns that it is computed from
+    noted:Collection[str]=(), # columns of which the contract says in a note what they are
 )->list[Finding]: # strongest first
     "Features that know the outcome better than an honest feature can."
     found = []
@@ -181,7 +182,7 @@ def outcome_findings(
         refused = [r for r in rules if r[1] == 'refuse']
         columns = list((reads or {}).get(strength.feature, [strength.feature]))
         made = '' if columns == [strength.feature] else f', computed from {listing(columns)},'
-        rules = refused[:1] or rules[:1] or ([] if made else _name_rules(strength))
+        rules = refused[:1] or rules[:1] or ([] if made else _name_rules(strength, strength.feature in noted))
         found += [Finding(strength.feature, rule, severity, f'feature {strength.feature}{made} {text}') for rule, severity, text in rules]
     return found
 
@@ -213,16 +214,20 @@ def _part_rules(strength:Strength, bad_rate:float, rows:int)->list[tuple[str, st
     return [('part', 'refuse', f'{p.where} in {p.rows:,} rows, of which {p.bads:,} are bad ({p.bads / p.rows:.1%}, against {bad_rate:.1%} of all): '
                                f'a part this pure is made from the outcome. {_AFTER}') for p in pure]
 
-# %% ../nbs/26_leakage.ipynb #9006b3e8
-def _name_rules(strength:Strength)->list[tuple[str, str, str]]:
+# %% ../nbs/26_leakage.ipynb #9f5b29d4
+def _name_rules(strength:Strength, noted:bool)->list[tuple[str, str, str]]:
     "Rule, severity and text for a name that speaks of what comes after the decision."
     title = ' '.join(name_words(strength.feature))
     if not _LEAK.search(title) or _PAST.search(title):
         return []
     low = max([0.0, *(a.low for a in (strength.auc, strength.absent) if a)])
     said = f'has a name that speaks of what happens after the decision, and an AUC of {strength.best:.3f} on its own'
+    if low > LIMITS['named'] and noted:
+        return [('name', 'look', f'{said}; the note in the contract has to say that it is known on the day of the decision.')]
     if low > LIMITS['named']:
-        return [('name', 'refuse', f"{said}, surely above {LIMITS['named']:.2f}: name and values agree. {_AFTER}")]
+        return [('name', 'refuse', f"{said}, surely above {LIMITS['named']:.2f}: name and values agree. Find out when it is written: if after the "
+                                   'decision, give it the role leak in the contract; if it is known on the day of the decision, say so in its note '
+                                   'there, and it is only reported.')]
     return [('name', 'look', f'{said}, which does not confirm it. Make sure that it is known on the day of the decision.')]
 
 # %% ../nbs/26_leakage.ipynb #2f0dcd4d

@@ -118,6 +118,9 @@ def test_a_name_is_refused_when_the_values_agree():
     values = {name: normal(draw, bad, 0.7) for name in ('total_recovered', 'prior_defaults_count', 'debt')} | {'saldoMora': draw.normal(size=8000)}
     found = outcome_findings([feature_strength(n, v, bad) for n, v in values.items()], bad.mean(), 8000)
     assert {(f.column, f.rule, f.severity) for f in found} == {('total_recovered', 'name', 'refuse'), ('saldoMora', 'name', 'look')}
+    strengths = [feature_strength(n, v, bad) for n, v in values.items()]
+    noted = outcome_findings(strengths, bad.mean(), 8000, noted=['total_recovered'])  # its note says that it is known on the day
+    assert [f.severity for f in noted] == ['look', 'look']
 
 
 # ---------------------------------------------------------------- identifiers, dates, twins, skew

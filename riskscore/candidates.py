@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FAMILIES', 'family', 'Candidate', 'load_candidates', 'Cost', 'Entry', 'compare', 'leaderboard', 'leaderboard_words']
 
-# %% ../nbs/29_candidates.ipynb #bd11fc35
+# %% ../nbs/29_candidates.ipynb #ed463d76
 import os
 import threading
 import time
@@ -22,7 +22,7 @@ from .boosting import LightGBM
 from .core import RiskError, suggest
 from .forest import Forest
 from .logistic import Logistic
-from .matrix import Prepared
+from .matrix import Prepared, read_features
 from .metrics import METRICS
 from .models import CrossValidation, Family, cross_validate
 from .network_family import NetworkFamily
@@ -126,10 +126,10 @@ def _resident()->float:
         return 0.0
     return pages * os.sysconf('SC_PAGE_SIZE') / 1e6
 
-# %% ../nbs/29_candidates.ipynb #401287a3
+# %% ../nbs/29_candidates.ipynb #cbfb9af2
 def _answer_time(predictor:Predictor, data:Prepared, answers:int=200)->float:
     "Median microseconds of the margin of one application."
-    rows = data.matrix[:answers]
+    rows = next(read_features(data.features, data.names))[:answers]  # not all of the matrix, which boosting never has in memory
     times = []
     for i in range(len(rows)):
         begin = time.perf_counter()
@@ -192,8 +192,8 @@ def compare(
             entries[i] = _searched(entry, found, data, settings)
     return sorted(entries, key=lambda e: _standing(e, data, robust), reverse=True)
 
-# %% ../nbs/29_candidates.ipynb #15d70525
-def _standing(entry:'Entry', data:Prepared, robust:bool)->tuple[bool, float]:
+# %% ../nbs/29_candidates.ipynb #5e73af7c
+def _standing(entry:Entry, data:Prepared, robust:bool)->tuple[bool, float]:
     "A family that would break the directions of the contract cannot win; then the merit."
     return entry.candidate.family.monotone or not any(data.directions), merit(entry.scores, robust)
 

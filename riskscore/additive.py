@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['SHAPES', 'Term', 'Additive', 'additive_from_bytes']
 
-# %% ../nbs/06_additive.ipynb #5ac51c58
+# %% ../nbs/06_additive.ipynb #6e3170c7
 import json
+from bisect import bisect_left, bisect_right
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -16,7 +18,7 @@ import numpy.typing as npt
 
 from .core import RiskError, canonical_json, listing
 
-# %% ../nbs/06_additive.ipynb #8244dfeb
+# %% ../nbs/06_additive.ipynb #a7ee66b6
 SHAPES = ('steps', 'lines', 'levels')
 
 
@@ -44,13 +46,37 @@ class Term:
         x, values = np.asarray(x, dtype=np.float64), np.array(self.values)
         missing = np.isnan(x)
         if self.shape == 'lines':
-            found = np.interp(x, self.at, values)
+            j = np.clip(np.searchsorted(self.at, x, side='right') - 1, 0, max(len(self.at) - 2, 0))
+            at = np.array(self.at)
+            found = np.array(self._slopes)[j] * (np.clip(x, at[0], at[-1]) - at[j]) + values[j]
+            found = np.where(x >= at[-1], values[-1], found)
         else:
             place = np.searchsorted(self.at, x, side='left') if self.shape == 'steps' else np.where(missing, 0, x).astype(np.intp)
             found = values[np.minimum(place, len(values) - 1)]
         return np.where(missing, self.null, found)
 
-# %% ../nbs/06_additive.ipynb #9ea46ce6
+    @cached_property
+    def _slopes(self) -> tuple[float, ...]:
+        "Of each line; a single knot has none to climb."
+        pairs = zip(self.at, self.at[1:], self.values, self.values[1:], strict=False)
+        return tuple((w - v) / (b - a) for a, b, v, w in pairs) or (0.0,)
+
+    def one(
+        self,
+        x: float,  # value of the feature, NaN for missing
+    ) -> float:  # log-odds
+        "What one value adds: the same arithmetic in the same order as for a column."
+        at, values = self.at, self.values
+        if x != x:
+            return self.null
+        if self.shape != 'lines':
+            return values[min(bisect_left(at, x) if self.shape == 'steps' else int(x), len(values) - 1)]
+        if x >= at[-1]:
+            return values[-1]
+        j = max(bisect_right(at, x) - 1, 0)
+        return self._slopes[j] * (max(x, at[0]) - at[j]) + values[j]
+
+# %% ../nbs/06_additive.ipynb #c7e27046
 class Additive:
     "A sum of terms."
 
@@ -95,6 +121,26 @@ class Additive:
         for term, place in zip(self.terms, self._places, strict=True):
             parts[:, place] = term.of(features[:, place])
         return parts
+
+    def row_margin(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> float:  # log-odds of default
+        "The margin of one application, the same bits as in a table."
+        values, margin = row.tolist(), self.base
+        for term, place in zip(self.terms, self._places, strict=True):
+            margin += term.one(values[place])
+        return margin
+
+    def row_contributions(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> npt.NDArray[np.float64]:  # (features + 1,) log-odds, the base last
+        "What each feature of one application adds."
+        values, parts = row.tolist(), [0.0] * self.width + [self.base]
+        for term, place in zip(self.terms, self._places, strict=True):
+            parts[place] = term.one(values[place])
+        return np.array(parts)
 
     def to_bytes(self) -> bytes:
         "The model as JSON."

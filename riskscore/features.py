@@ -6,10 +6,11 @@
 __all__ = ['Distinct', 'PLAN_VERSION', 'feature', 'declared_features', 'feature_meanings', 'feature_expressions', 'FeaturePlan',
            'fit_plan', 'plan_to_json', 'plan_from_json']
 
-# %% ../nbs/03_features.ipynb #00e0a4d2
+# %% ../nbs/03_features.ipynb #1421852b
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -18,6 +19,7 @@ import numpy.typing as npt
 from .contract import Column, Contract
 from .core import Frame, RiskError, canonical_json, frame_rows, suggest
 from .expressions import LEAVES, Expr, Operand, Program, col, compile_program, from_json, parse, trace
+from .single import Single, compile_single
 
 # %% ../nbs/03_features.ipynb #27191be6
 _DECLARED: dict[str, dict[str, Callable[..., Operand]]] = {}
@@ -118,7 +120,7 @@ def _kept_levels(counts:Mapping[str, Counter], min_count:int)->dict[str, list[st
 # %% ../nbs/03_features.ipynb #ee14ad95
 Distinct = tuple[npt.NDArray[Any], npt.NDArray[np.integer]]  # distinct values of a category, and the position of each row's value among them
 
-# %% ../nbs/03_features.ipynb #22dd803a
+# %% ../nbs/03_features.ipynb #fc550155
 class FeaturePlan:
     "Features fitted on history: data, not code."
 
@@ -131,8 +133,13 @@ class FeaturePlan:
         self.names = list(self.outputs)
         self.categorical = [i for i, e in enumerate(self.outputs.values()) if e.op == 'column' and e.args[0] in self.levels]
         self._inputs = _leaves(self.outputs.values())
-        self._program: Program = compile_program(self.outputs.values(), [leaf.key for leaf in self._inputs])
+        keys = [leaf.key for leaf in self._inputs]
+        self._program: Program = compile_program(self.outputs.values(), keys)
+        self._single: Single = compile_single(self.outputs.values(), keys)
         self._encoders = [_encoder(leaf, self.levels) for leaf in self._inputs]
+        self._coded = [(i, codes, other) for i, (_, codes, other) in enumerate(self._encoders) if codes is not None]
+        names = [column for column, _, _ in self._encoders]
+        self._pick: Callable[[Any], Sequence[Any]] = itemgetter(*names) if len(names) > 1 else lambda typed: [typed[n] for n in names]
 
     @property
     def columns(self) -> list[str]:
@@ -144,8 +151,10 @@ class FeaturePlan:
         typed: Mapping[str, Any],  # typed values of one application, as check_record gives them
     ) -> npt.NDArray[np.float32]:  # (features,)
         "Features of one application."
-        values = [typed[c] if codes is None else codes.get(typed[c], other) for c, codes, other in self._encoders]
-        return self._finish(np.array(values, dtype=np.float64)[:, None])[0]
+        values = list(self._pick(typed))
+        for place, codes, other in self._coded:
+            values[place] = codes.get(values[place], other)
+        return _narrow(np.array(self._single.run(values), dtype=np.float64))
 
     def frame(
         self,
@@ -162,15 +171,16 @@ class FeaturePlan:
             inputs = np.empty((len(columns), part.stop - start))
             for row, column in zip(inputs, columns, strict=True):
                 row[:] = column[part]
-            matrix[part] = self._finish(inputs)
+            matrix[part] = _narrow(self._program.run(inputs).T)
         return matrix
 
-    def _finish(self, inputs: npt.NDArray[np.float64]) -> npt.NDArray[np.float32]:
-        "Runs the program and rounds; what float32 cannot hold is null."
-        with np.errstate(over='ignore'):
-            matrix = self._program.run(inputs).T.astype(np.float32)
-        matrix[np.isinf(matrix)] = np.nan
-        return matrix
+# %% ../nbs/03_features.ipynb #baabf210
+def _narrow(values:npt.NDArray[np.float64])->npt.NDArray[np.float32]:
+    "Rounds to the model's precision; what float32 cannot hold is null."
+    with np.errstate(over='ignore'):
+        rounded = values.astype(np.float32)
+    rounded[np.isinf(rounded)] = np.nan
+    return rounded
 
 # %% ../nbs/03_features.ipynb #364d0882
 def _leaves(expressions:Iterable[Expr])->list[Expr]:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Trees']
 
-# %% ../nbs/06_trees.ipynb #cdcb39ee
+# %% ../nbs/06_trees.ipynb #02f3d5bb
 from itertools import accumulate, pairwise
 from typing import Any
 
@@ -14,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .core import RiskError
+from .treerow import PARTS, RAW, RowCall
 
 # %% ../nbs/06_trees.ipynb #3b6eb398
 _KEYS = ('num_leaves', 'num_cat', 'split_feature', 'split_gain', 'threshold', 'decision_type', 'left_child', 'right_child', 'leaf_value', 'leaf_weight',
@@ -145,7 +146,7 @@ def _checked(
     _check_values(said, leaves, width)
     return (model[:starts[-1]] + _TAIL).decode()
 
-# %% ../nbs/06_trees.ipynb #29d1564e
+# %% ../nbs/06_trees.ipynb #e3f168d2
 class Trees:
     "Trees that add up to a margin."
 
@@ -158,6 +159,7 @@ class Trees:
             self.family, self.text, self.booster = family, text, lgb.Booster(model_str=_checked(text))
         except (ValueError, OverflowError, lgb.basic.LightGBMError) as error:
             raise RiskError(f'This is no {family} model: {error}. Restore the bundle or train again.') from error
+        self._row_margin, self._row_parts = RowCall(self.booster, RAW), RowCall(self.booster, PARTS)
 
     @property
     def width(self) -> int:
@@ -182,6 +184,20 @@ class Trees:
 
     def _predict(self, features: npt.NDArray[np.float32], threads: int, **what: Any) -> npt.NDArray[np.float64]:
         return np.asarray(self.booster.predict(features, num_threads=threads, **what))
+
+    def row_margin(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> float:  # log-odds of default
+        "The margin of one application, the same bits as in a table."
+        return float(self._row_margin(row)[0])
+
+    def row_contributions(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> npt.NDArray[np.float64]:  # (features + 1,) log-odds, the base last
+        "Exact TreeSHAP values of one application."
+        return self._row_parts(row).copy()
 
     def to_bytes(self) -> bytes:
         "The model as text."

@@ -145,7 +145,7 @@ class Settings:
         "Are there no API keys, so that only this machine is answered?"
         return self.api_keys is None and self.api_keys_file is None
 
-# %% ../nbs/10_settings.ipynb #20babf59
+# %% ../nbs/10_settings.ipynb #d06ffc39
 def _problems(settings:Settings)->list[str]:
     "What is wrong with each setting, and with them together."
     found = []
@@ -162,8 +162,6 @@ def _problems(settings:Settings)->list[str]:
         found.append(f'RISKSCORE_MAX_BATCH_BYTES ({settings.max_batch_bytes:,}) is below RISKSCORE_MAX_BODY ({settings.max_body:,}).')
     found += [f"RISKSCORE_CORS_ORIGINS: '{o}' is no origin such as https://desk.example; a star is not taken, name who may call."
               for o in settings.cors_origins if not re.fullmatch(r'https?://[^/*\s]+', o)]
-    found += [f'{_variable(name)} and {_variable(name)}_FILE are both set; keep one.' for name in ('store', 'api_keys', 'ledger_key')
-              if getattr(settings, name) and getattr(settings, f'{name}_file')]
     if settings.api_keys_file:
         _read_secret('api_keys_file', settings.api_keys_file, found)
     return found
@@ -198,7 +196,7 @@ def _store_problems(url:str)->list[str]:
     return [f"RISKSCORE_STORE must begin with sqlite:/// or postgresql://; it begins with '{kind}'." if kind else
             'RISKSCORE_STORE must be a URL that begins with sqlite:/// or postgresql://.']
 
-# %% ../nbs/10_settings.ipynb #a2b7b7a1
+# %% ../nbs/10_settings.ipynb #42081794
 _FOREIGN = re.compile(r'RISKSCORE_(DATA|VENV|EXAMPLES|SERVICE_(HOST|PORT).*|PORT_[0-9]+_(TCP|UDP).*)')
 _READERS: dict[type, Callable[[str], Any]] = {int: _whole, float: _seconds, bool: _switch, tuple: _names, str: str.strip}
 
@@ -208,11 +206,13 @@ def settings_from(
     **given:Any, # settings from the command line, which win; None is not given
 )->Settings: # checked; one RiskError lists all that is wrong
     "Reads the settings."
-    readers, problems = _readers(), list[str]()
-    values = {k: v for k, v in given.items() if v is not None}
+    readers, values = _readers(), {k: v for k, v in given.items() if v is not None}
+    overruled = {k for name in values for k in (name, f'{name}_file', name.removesuffix('_file')) if k in readers}
+    problems = [f'{v} and {v}_FILE are both set; keep one.' for v in ('RISKSCORE_STORE', 'RISKSCORE_API_KEYS', 'RISKSCORE_LEDGER_KEY')
+                if environ.get(v, '').strip() and environ.get(f'{v}_FILE', '').strip()]
     for variable, text in environ.items():
         name = variable.removeprefix('RISKSCORE_').lower()
-        if not variable.startswith('RISKSCORE_') or _FOREIGN.fullmatch(variable) or not text.strip() or _is_overruled(name, values):
+        if not variable.startswith('RISKSCORE_') or _FOREIGN.fullmatch(variable) or not text.strip() or name in overruled:
             continue
         if name not in readers:
             problems.append(f'{variable} is not a setting.{suggest(variable, map(_variable, readers))}')
@@ -228,11 +228,6 @@ def settings_from(
     if problems:
         raise RiskError('The service cannot start with these settings:', problems)
     return settings
-
-# %% ../nbs/10_settings.ipynb #f5f77b51
-def _is_overruled(name:str, given:Mapping[str, Any])->bool:
-    "Is a setting given already, itself or as the file that would hold it?"
-    return bool({name, name.removesuffix('_file'), f'{name}_file'} & set(given)) if name != 'log_file' else name in given
 
 # %% ../nbs/10_settings.ipynb #a407fa42
 def _readers()->dict[str, Callable[[str], Any]]:

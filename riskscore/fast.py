@@ -65,7 +65,20 @@ def _type_of(column:Column)->Any:
         return Any
     return {'number': float | None, 'integer': _WHOLE | None, 'category': str | None, 'flag': str | int | None}[column.kind]
 
-# %% ../nbs/11_fast.ipynb #a7919090
+# %% ../nbs/11_fast.ipynb #080ff0da
+def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
+    "Gives the values of a body in the order of the columns; raises DecodeError for what it does not take."
+    fields = [(f'f{i}', _type_of(c), None) for i, c in enumerate(columns)]
+    try:
+        shape = msgspec.defstruct('Application', fields, rename={f'f{i}': c.name for i, c in enumerate(columns)}, forbid_unknown_fields=True)
+    except ValueError:  # a name that it does not allow, such as one with a tab
+        def nothing(body: bytes) -> tuple[Any, ...]:
+            raise msgspec.DecodeError('no decoder')
+        return nothing
+    decode = msgspec.json.Decoder(shape).decode
+    return lambda body: msgspec.structs.astuple(decode(body))
+
+# %% ../nbs/11_fast.ipynb #20cc34df
 class Reader:
     "Reads the applications of one contract."
 
@@ -83,9 +96,7 @@ class Reader:
         self.texts = [(i, _known_texts(c)) for i, c in enumerate(texts, len(numbers))]
         self.required = [i for i, c in enumerate(self.columns) if c.required]
         self.names, self.features = [c.name for c in self.columns], [c.name for c in contract.feature_columns]
-        fields = [(f'f{i}', _type_of(c), None) for i, c in enumerate(self.columns)]
-        shape = msgspec.defstruct('Application', fields, rename={f'f{i}': n for i, n in enumerate(self.names)}, forbid_unknown_fields=True)
-        self.decode: Callable[[bytes], Any] = msgspec.json.Decoder(shape).decode
+        self.decode = _decoder(self.columns)
 
     def read(
         self,
@@ -93,7 +104,7 @@ class Reader:
     ) -> Application:  # ready to score
         "Reads and checks an application; raises Refused."
         try:
-            values = msgspec.structs.astuple(self.decode(body))
+            values = self.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return self.checked(_parsed(body))
         return _quickly(self, values) or self.checked(_parsed(body))

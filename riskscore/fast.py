@@ -3,19 +3,18 @@
 # %% auto #0
 __all__ = ['Application', 'Refused', 'Reader', 'Answer', 'completeness', 'FastScorer']
 
-# %% ../nbs/11_fast.ipynb #6929d80f
+# %% ../nbs/11_fast.ipynb #9c9cb1ee
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from operator import itemgetter
 from typing import Annotated, Any
 
 import msgspec
 
 from .bundle import Scorer, score_one
-from .contract import SOFT, Column, Contract, Violation, _is_null, _null_value, _read_value, check_record
+from .contract import SOFT, Column, Contract, Violation, _is_null, _read_value, _text, check_record
 
-# %% ../nbs/11_fast.ipynb #e3885b0e
+# %% ../nbs/11_fast.ipynb #ae94a684
 @dataclass(slots=True)
 class Application:
     "An application that may be scored."
@@ -23,6 +22,7 @@ class Application:
     typed: dict[str, Any]  # value of each column of the contract, as check_record gives them
     flags: list[tuple[str, str]]  # (column, rule) of what is unusual
     missing: list[str]  # features without a value, in the order of the contract
+    applicant: str | None  # who it is about, where the contract has an id; with all its digits
 
 # %% ../nbs/11_fast.ipynb #13f56062
 class Refused(Exception):
@@ -58,10 +58,10 @@ def _known_texts(column:Column)->dict[Any, Any]:
             known[raw] = value
     return known
 
-# %% ../nbs/11_fast.ipynb #85f0856d
+# %% ../nbs/11_fast.ipynb #fb87c2da
 def _type_of(column:Column)->Any:
     "What the decoder takes for a column."
-    if column.role == 'target' or column.kind == 'date':
+    if column.role in ('target', 'id') or column.kind == 'date':
         return Any
     return {'number': float | None, 'integer': _WHOLE | None, 'category': str | None, 'flag': str | int | None}[column.kind]
 
@@ -78,7 +78,7 @@ def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
     decode = msgspec.json.Decoder(shape).decode
     return lambda body: msgspec.structs.astuple(decode(body))
 
-# %% ../nbs/11_fast.ipynb #20cc34df
+# %% ../nbs/11_fast.ipynb #387e919b
 class Reader:
     "Reads the applications of one contract."
 
@@ -87,15 +87,16 @@ class Reader:
         contract:Contract, # what is expected
     ):
         self.contract, columns = contract, list(contract.columns.values())
-        plain = [c for c in columns if c.role != 'target']
+        plain = [c for c in columns if _type_of(c) is not Any]
         numbers, texts = [c for c in plain if c.kind in ('number', 'integer')], [c for c in plain if c.kind in ('category', 'flag')]
-        self.columns = [*numbers, *texts, *(c for c in columns if c.kind == 'date' or c.role == 'target')]
+        self.columns = [*numbers, *texts, *(c for c in columns if c not in plain)]
         self.numbers, self.others = len(numbers), list(range(len(numbers) + len(texts), len(columns)))
         self.limits = [(i, *_limits(c)) for i, c in enumerate(numbers)]
         self.special = [(i, c.codes) for i, c in enumerate(numbers) if c.codes]
         self.texts = [(i, _known_texts(c)) for i, c in enumerate(texts, len(numbers))]
         self.required = [i for i, c in enumerate(self.columns) if c.required]
         self.names, self.features = [c.name for c in self.columns], [c.name for c in contract.feature_columns]
+        self.id = self.columns.index(contract.id) if contract.id else None
         self.decode = _decoder(self.columns)
 
     def read(
@@ -118,14 +119,20 @@ class Reader:
         hard = [v for v in violations if v.severity == 'hard']
         if hard:
             raise Refused('The application does not fit the contract.', hard)
-        return Application(typed, [(v.column, v.rule) for v in violations], _missing(self, typed))
+        applicant = _named(raw.get(self.contract.id.name)) if self.contract.id else None
+        return Application(typed, [(v.column, v.rule) for v in violations], _missing(self, typed), applicant)
+
+# %% ../nbs/11_fast.ipynb #540bd554
+def _named(raw:Any)->str|None:
+    "An id as text; None where there is none."
+    return None if _is_null(raw) else _text(raw)
 
 # %% ../nbs/11_fast.ipynb #732dcc86
 def _missing(reader:Reader, typed:Mapping[str, Any])->list[str]:
     "Features without a value."
     return [name for name in reader.features if (value := typed[name]) is None or value != value]
 
-# %% ../nbs/11_fast.ipynb #426fda24
+# %% ../nbs/11_fast.ipynb #52c487d9
 def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     "What the decoder gave, read; None where the contract refuses something."
     typed = list(values)
@@ -147,7 +154,7 @@ def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
         if (x := typed[i]) is None or x != x:
             return None
     named = dict(zip(reader.names, typed, strict=True))
-    return Application(named, flags, _missing(reader, named))
+    return Application(named, flags, _missing(reader, named), None if reader.id is None else _named(values[reader.id]))
 
 
 _LOOK = object()
@@ -215,7 +222,7 @@ def completeness(
     fields = len(reader.features)
     return {'share': round(1 - len(missing) / fields, 4), 'given': fields - len(missing), 'fields': fields, 'missing': missing}
 
-# %% ../nbs/11_fast.ipynb #3fa3aa92
+# %% ../nbs/11_fast.ipynb #bce9d173
 class FastScorer:
     "A bundle with its reader."
 
@@ -235,6 +242,7 @@ class FastScorer:
         explain: bool = True,  # with reasons?
     ) -> Answer:  # scored
         "Scores an application."
+        explain = explain and self.scorer.reasons is not None  # an old bundle cannot explain
         told = score_one(self.scorer, application.typed, explain)
         reasons = [{k: r[k] for k in _REASON} for r in told['reasons']] if explain else None
         return Answer(request_id, received_at, purpose, 'scored', told['pd'], told['score'], told['decision'], told['knockout'], told['value'],

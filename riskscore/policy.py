@@ -6,11 +6,11 @@
 __all__ = ['BASE_POINTS', 'BASE_ODDS', 'POINTS_TO_DOUBLE', 'score_points', 'expected_value', 'compile_knockouts', 'Policy',
            'judge', 'policy_from_dict', 'fit_policy', 'appetite_table', 'profit_curve']
 
-# %% ../nbs/05_policy.ipynb #d8cab54e
+# %% ../nbs/05_policy.ipynb #3e04dad6
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -32,13 +32,16 @@ def score_points(
     p = np.clip(pd, *_PD_LIMITS)
     return np.rint(BASE_POINTS + POINTS_TO_DOUBLE / np.log(2.0) * (np.log((1.0 - p) / p) - np.log(BASE_ODDS)))
 
-# %% ../nbs/05_policy.ipynb #fb13fe67
+# %% ../nbs/05_policy.ipynb #52829d52
+_Money = TypeVar('_Money', float, npt.NDArray[np.float64])
+
+
 def expected_value(
     value:Mapping[str, Mapping[str, float]], # the contract's matrix
     decision:str, # approve, refer or decline
-    pd:npt.NDArray[np.float64], # (rows,) probability of default, or the outcome itself for the realised value
-    amount:npt.NDArray[np.float64], # (rows,) in the contract's currency
-)->npt.NDArray[np.float64]: # (rows,) in the contract's currency; null where the amount is
+    pd:_Money, # (rows,) probability of default, or the outcome itself for the realised value; or that of one application
+    amount:_Money, # (rows,) in the contract's currency, or one
+)->_Money: # (rows,) in the contract's currency; null where the amount is
     "What a decision is worth on average."
     row = value[decision]
     return amount * ((1.0 - pd) * row['good'] + pd * row['bad']) + row.get('fixed', 0.0)

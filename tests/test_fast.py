@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from small_bundle import applications, small_contract, small_scorer
 from test_skew import bits, plain_rows
 
-from riskscore.contract import Contract, check_frame, check_record, load_contract
+from riskscore.contract import Contract, _text, check_frame, check_record, load_contract
 from riskscore.fast import Application, FastScorer, Reader, Refused
 from riskscore.feature_sets import feature  # noqa: F401  # declares the features that contracts name
 from riskscore.ingest import with_related
@@ -32,6 +32,8 @@ def read_both(reader: Reader, record: dict) -> Application | None:
     assert not hard
     assert {n: bits(v) for n, v in found.typed.items()} == {n: bits(v) for n, v in typed.items()}
     assert sorted(found.flags) == sorted((v.column, v.rule) for v in violations)
+    known = reader.contract.id and record.get(reader.contract.id.name)
+    assert found.applicant == (None if known is None or known == '' or known != known else _text(known))
     assert found.missing == [c.name for c in reader.contract.feature_columns if bits(typed[c.name]) in (None, 'null')]
     return found
 

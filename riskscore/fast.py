@@ -186,7 +186,7 @@ def _parsed(body:bytes)->dict[str, Any]:
 
 _KINDS = {list: 'a list; a list of applications goes to /predict_batch', str: 'text', bool: 'true or false', type(None): 'null'}
 
-# %% ../nbs/11_fast.ipynb #29355e3f
+# %% ../nbs/11_fast.ipynb #7b7ed6e7
 class Answer(msgspec.Struct):
     "The answer to one application, as it is sent."
 
@@ -205,6 +205,7 @@ class Answer(msgspec.Struct):
     flags: list[dict[str, str]]
     model_version: str
     policy_version: str
+    supersedes: str | None = None  # the answer of a stop that this one replaces; last, because the journal fills it in
 
     def to_json(self) -> str:
         "The text that is stored and sent."

@@ -410,41 +410,45 @@ def _note(book:_Book, note:_Note)->int|Exception:
                 return error
     raise AssertionError('unreachable')
 
-# %% ../nbs/13_journal.ipynb #1a744c7a
+# %% ../nbs/13_journal.ipynb #338eee54
 class _Checkpoints(threading.Thread):
     "Copies SQLite's log back into the database."
 
-    def __init__(self, store: Store, limit: int = 32 << 20, every: float = 0.2):
+    def __init__(self, store: Store, limit: int = 64 << 20, every: float = 0.2):
         super().__init__(name='riskscore-checkpoints', daemon=True)
         self.store, self.limit, self.every, self.stop = store, limit, every, threading.Event()
-        self.wal = Path(f'{store.path}-wal')
+        self.connection: Any = None
+        self.due = False  # the log shall start again; while it is set, the connection is the journal's
 
     def run(self) -> None:
-        "Looks at the log's size until it is told to stop."
-        connection = None
+        "Copies, again and again, until it is told to stop."
         while not self.stop.wait(self.every):
-            try:
-                connection = connection or self.store.driver()
-                connection.execute('PRAGMA busy_timeout=20')
-                _copy_log(connection, self.wal, self.limit)
-            except Exception as error:  # nothing is lost: the log stays, and the next round tries again
-                log.debug('A checkpoint did not run: %s', error)
-        if connection:
-            connection.close()
+            if not self.due:
+                self.due = self.copy()
+        if self.connection:
+            self.connection.close()
 
-    def close(self) -> None:
-        "Stops the thread."
-        self.stop.set()
-        self.join()
+    def copy(self) -> bool:
+        "Copies what can be copied without making anybody wait; is the log long, and little left?"
+        try:
+            if self.connection is None:
+                self.connection = self.store.driver()
+                self.connection.execute('PRAGMA busy_timeout=20')
+            busy, frames, copied = self.connection.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+        except Exception as error:  # nothing is lost: the log stays, and the next round tries again
+            log.debug('A checkpoint did not run: %s', error)
+            return False
+        return not busy and frames * 4096 > self.limit and frames - copied < 1024  # a reader that needs old pages keeps more
 
-# %% ../nbs/13_journal.ipynb #8c63b919
-def _copy_log(connection:Any, wal:Path, limit:int)->None:
-    "Copies what can be copied without making anybody wait; starts the log again when it is long and little is left."
-    busy, frames, copied = connection.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
-    if not busy and frames * 4096 > limit and frames - copied < 1024:  # a reader that still needs old pages makes it more
-        connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if wal.stat().st_size > 2 * limit else 'RESTART'})").fetchone()
+    def restart(self) -> None:
+        "Copies the rest and starts the log again; for the journal, between its transactions."
+        if self.due:
+            with suppress(Exception):  # busy or full: the next round tries again
+                long = os.stat(f'{self.store.path}-wal').st_size > 4 * self.limit
+                self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'RESTART'})").fetchone()
+            self.due = False
 
-# %% ../nbs/13_journal.ipynb #e55bd84c
+# %% ../nbs/13_journal.ipynb #5f058eb0
 _LOOK = 0.25  # seconds between looks at the states when nothing is written
 _BATCH = 512  # entries of one transaction, about
 
@@ -483,7 +487,8 @@ class _Running:
             self._queue.put(None)
             self._thread.join()
             if self._checkpoints:
-                self._checkpoints.close()
+                self._checkpoints.stop.set()
+                self._checkpoints.join()
 
 # %% ../nbs/13_journal.ipynb #c28a0f8d
 class Journal(_Running):
@@ -569,7 +574,7 @@ def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
             return
         timeout, size = 0, size + (len(item[0]) if type(item[0]) is list else 1)
 
-# %% ../nbs/13_journal.ipynb #1a1abac1
+# %% ../nbs/13_journal.ipynb #e6871096
 def _serve(journal:_Running)->None:
     "The journal's thread: stores what waits until it is closed."
     book, going = journal._book, True
@@ -586,6 +591,8 @@ def _serve(journal:_Running)->None:
             _wake(journal, _settle, journal, [future for _, future in puts], [len(part) for part, _ in puts], results)
         elif not items:
             _glance(book)
+        if journal._checkpoints:
+            journal._checkpoints.restart()
         for item in items:
             if item and type(item[0]) is not list:
                 _wake(journal, _settle_one, item[1], _note(book, item[0]))

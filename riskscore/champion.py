@@ -3,12 +3,11 @@
 # %% auto #0
 __all__ = ['log', 'Change', 'Slot']
 
-# %% ../nbs/16_champion.ipynb #e03bcc5f
+# %% ../nbs/16_champion.ipynb #ccd616d3
 import logging
 import os
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from .bundle import load_bundle
 from .core import RiskError

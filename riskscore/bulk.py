@@ -95,12 +95,12 @@ def _too_long(limit:int)->str:
     "The problem of a row beyond the limit."
     return f'longer than {limit:,} bytes'
 
-# %% ../nbs/15_bulk.ipynb #934b4faa
+# %% ../nbs/15_bulk.ipynb #3b350de9
 _STRING = rb'"(?:[^"\\]++|\\.)*+"'
 _OUTSIDE = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb')*+', re.DOTALL)  # up to a bracket, a comma or a string that is not yet complete
 _NESTED = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*+', re.DOTALL)  # up to a bracket or such a string
 _IN_STRING = re.compile(rb'(?:[^"\\]++|\\.)*+', re.DOTALL)  # up to the quote that ends it
-_BLANK = b' \t\r\n'
+_BLANK, _BACKSLASH = b' \t\r\n', ord('\\')
 
 
 class _Commas:
@@ -114,14 +114,17 @@ class _Commas:
         while True:
             pattern = _IN_STRING if self.inside else _NESTED if self.depth else _OUTSIDE
             self.at = pattern.match(buffer, self.at).end()  # type: ignore[union-attr]
-            sign = buffer[self.at:self.at + 1]
-            if sign in (b'', b'\\'):  # the end of a piece, perhaps in the middle of an escape
+            if self.at == len(buffer) or (sign := buffer[self.at]) == _BACKSLASH:  # the end of a piece, perhaps in the middle of an escape
                 return False
-            if sign in (b',', b']') and not self.depth:
+            if sign in b',]' and not self.depth:
                 return True
             self.at += 1
-            self.inside ^= sign == b'"'
-            self.depth = max(0, self.depth + (sign in (b'{', b'[')) - (sign in (b'}', b']')))
+            if sign in b'{[':
+                self.depth += 1
+            elif sign in b'}]':
+                self.depth -= self.depth > 0
+            else:
+                self.inside = not self.inside
 
 # %% ../nbs/15_bulk.ipynb #d2d9b0c3
 class _Elements:
@@ -193,7 +196,7 @@ class Layout:
     delimiter: str = ','
     decimal_comma: bool = False  # are numbers written 3,5?
 
-# %% ../nbs/15_bulk.ipynb #c472290a
+# %% ../nbs/15_bulk.ipynb #2de9edb5
 def csv_layout(
     head:bytes, # the first 256 KB of a file, or all of it
     contract:Contract, # whose columns it shall have
@@ -203,7 +206,10 @@ def csv_layout(
         raise RiskError('The upload is not UTF-8 text (UTF-16 or a binary format). Save it as CSV UTF-8.')
     text = (head[:head.rfind(b'\n') + 1] if len(head) >= _HEAD_BYTES else head).removeprefix(_BOM).decode('utf-8', 'replace')
     tables = {d: csv.reader(io.StringIO(text, newline=''), delimiter=d) for d in _DELIMITERS}
-    headers = {d: next((row for row in table if row), []) for d, table in tables.items()}
+    try:
+        headers = {d: next((row for row in table if row), []) for d, table in tables.items()}
+    except csv.Error as error:
+        raise RiskError(f'The header of the upload is no line of CSV: {error}.') from error
     delimiter = max(_DELIMITERS, key=lambda d: len(headers[d]))
     names = tuple(name if name in contract.columns else name.strip() for name in headers[delimiter])
     _check_header(names, contract)
@@ -286,7 +292,7 @@ def _open_quote(line:bytes, inside:bool, delimiter:bytes)->bool:
         inside = twice or not inside
     return inside
 
-# %% ../nbs/15_bulk.ipynb #956ea345
+# %% ../nbs/15_bulk.ipynb #e3709a74
 _ENDLESS = 'a quote is opened here and not closed; nothing after it was read'
 
 
@@ -313,8 +319,8 @@ class _Records:
         return found + ([(b'', _ENDLESS)] if self.lines and not self.done else [])
 
     def _add(self, line: bytes) -> tuple[bytes, str] | None:
-        "The row that ends with this line."
-        if self.done:
+        "The row that ends with this line; none for a blank line."
+        if self.done or not (self.lines or line.strip(b'\r\n')):
             return None
         self.lines.append(line)
         self.size += len(line)
@@ -382,8 +388,8 @@ def _line_body(
     application = {name: read(cell) for (name, read), cell in zip(readers.items(), cells, strict=True)} if cells else None
     return msgspec.json.encode(application) if application else None, ''
 
-# %% ../nbs/15_bulk.ipynb #f2bf1ccd
-PIECE_BYTES, BLOCK_BYTES, BLOCK_ROWS = 1 << 16, 1 << 20, 512
+# %% ../nbs/15_bulk.ipynb #1852e16e
+PIECE_BYTES, BLOCK_BYTES, BLOCK_ROWS = 1 << 14, 1 << 20, 512  # a piece is small, because other requests wait while it is taken apart
 
 
 async def rows(
@@ -515,7 +521,7 @@ class Results:
         own = {'row': number} | ({} if name is None else {'id': name}) | more
         self.file.write((comma + _result_text(self.form, own, answer, content, self.language)).encode())
 
-# %% ../nbs/15_bulk.ipynb #8a5ecc20
+# %% ../nbs/15_bulk.ipynb #761fb6fa
 def result_body(
     results:Results, # with a result for each row
     summary:Mapping[str, Any], # what is to be said of the batch; the counts are added
@@ -526,7 +532,7 @@ def result_body(
             counts = {k: results.counts[k] for k in ('rows', 'scored', 'stopped', 'refused', 'failed', 'approve', 'refer', 'decline')}
             yield b'{"summary":' + msgspec.json.encode({**summary, **counts}) + b',"results":[\n'
         file.seek(0)
-        while piece := file.read(PIECE_BYTES):
+        while piece := file.read(1 << 16):
             yield piece
         if results.form == 'json':
             yield b'\n]}\n'

@@ -279,6 +279,23 @@ def cell_reader(
         return _date_of(text, written[0] if written else None) if column.kind == 'date' else _level_of(text, column)
     return read
 
+# %% ../nbs/15_bulk.ipynb #5d7d2504
+_REMEMBERED = 256
+
+
+class _Cells(dict[str, Any]):
+    "What the cells of one column say; those that came first are remembered, as most repeat."
+
+    def __init__(self, read: Callable[[str], Any]):
+        super().__init__()
+        self.read = read
+
+    def __missing__(self, text: str) -> Any:
+        value = self.read(text)
+        if len(self) < _REMEMBERED:
+            self[text] = value
+        return value
+
 # %% ../nbs/15_bulk.ipynb #8175fc70
 _CELL_LIMIT = 131_072  # characters in a cell, of the csv module
 
@@ -332,7 +349,7 @@ class _Records:
         self.lines, self.size, self.done = [], 0, self.inside
         return (b'', _ENDLESS if self.inside else problem) if problem else (text, '')
 
-# %% ../nbs/15_bulk.ipynb #326fd4bf
+# %% ../nbs/15_bulk.ipynb #4a18bb48
 class _Table:
     "CSV with a header."
 
@@ -356,7 +373,7 @@ class _Table:
         "Reads the header, then what followed it."
         layout, nulls = csv_layout(self.head[:_HEAD_BYTES], self.contract), self.contract.nulls
         self.delimiter, self.records = layout.delimiter, _Records(layout.delimiter.encode(), self.limit)
-        self.readers = {name: cell_reader(self.contract.columns[name], nulls, layout.decimal_comma) for name in layout.names}
+        self.cells = {name: _Cells(cell_reader(self.contract.columns[name], nulls, layout.decimal_comma)) for name in layout.names}
         head, self.head = self.head.removeprefix(_BOM), b''
         return self._rows(self.records.feed(head))
 
@@ -364,17 +381,17 @@ class _Table:
         "Rows of text, taken apart."
         found = []
         for text, problem in records:
-            body, problem = (None, problem) if problem else _line_body(text, self.delimiter, self.readers)
+            body, problem = (None, problem) if problem else _line_body(text, self.delimiter, self.cells)
             if body or problem:  # neither: a blank line
                 self.count += 1
                 found += [Row(self.count, body, problem)] if self.count else []
         return found
 
-# %% ../nbs/15_bulk.ipynb #6c3cff3a
+# %% ../nbs/15_bulk.ipynb #5bd13e1d
 def _line_body(
     text:bytes, # a row of CSV
     delimiter:str, # between cells
-    readers:Mapping[str, Callable[[str], Any]], # of each column
+    columns:Mapping[str, Mapping[str, Any]], # of each, what a cell says
 )->tuple[bytes|None, str]: # the application as JSON, or why there is none; neither for a blank line
     "Takes a row of CSV apart."
     try:
@@ -383,9 +400,9 @@ def _line_body(
         return None, 'holds bytes that are not UTF-8; save the file as UTF-8'
     except csv.Error as error:
         return None, f'is no line of CSV: {error}'
-    if cells and len(cells) != len(readers):
-        return None, f'wrong number of fields: {len(cells)} fields instead of {len(readers)}'
-    application = {name: read(cell) for (name, read), cell in zip(readers.items(), cells, strict=True)} if cells else None
+    if cells and len(cells) != len(columns):
+        return None, f'wrong number of fields: {len(cells)} fields instead of {len(columns)}'
+    application = {name: says[cell] for (name, says), cell in zip(columns.items(), cells, strict=True)} if cells else None
     return msgspec.json.encode(application) if application else None, ''
 
 # %% ../nbs/15_bulk.ipynb #1852e16e

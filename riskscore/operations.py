@@ -4,11 +4,10 @@
 __all__ = ['STALE', 'stop_state', 'set_stop', 'propose_policy', 'proposed_policy', 'approve_policy', 'health', 'window_of',
            'drift_status', 'shadow_summary']
 
-# %% ../nbs/17_operations.ipynb #b824ba5d
+# %% ../nbs/17_operations.ipynb #525ba09f
 import os
 import shutil
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -50,7 +49,7 @@ async def set_stop(
     await journal.note(actor, 'stopped' if stopped else 'resumed', 'service', {'reason': reason}, ('stop', state, version))
     return state | {'changed': True}
 
-# %% ../nbs/17_operations.ipynb #3a331463
+# %% ../nbs/17_operations.ipynb #e50009ff
 async def propose_policy(
     journal:Journal, # of a worker
     champion:Slot, # whose policy shall change
@@ -62,7 +61,8 @@ async def propose_policy(
     "Puts a policy up for approval; it takes the place of an earlier proposal."
     scorer = _scorer(champion)
     old = scorer.policy
-    cuts = {'approve_below': old.approve_below if approve_below is None else approve_below, 'decline_from': old.decline_from if decline_from is None else decline_from}
+    given = {'approve_below': approve_below, 'decline_from': decline_from}
+    cuts = {name: getattr(old, name) if cut is None else cut for name, cut in given.items()}
     policy = policy_from_dict(replace(old, **cuts, note=note).to_dict(), 'The proposed policy')
     proposal = {'version': policy.version, 'policy': policy.to_dict(), 'by': actor, 'at': now(), 'model_version': scorer.version, 'before': old.version}
     version = (journal.state('policy') or (None, 0))[1]
@@ -106,13 +106,14 @@ async def approve_policy(
     _put_in_force(champion.path, policy_from_dict(proposal['policy'], 'The proposed policy'))
     return proposal
 
-# %% ../nbs/17_operations.ipynb #9770dd60
+# %% ../nbs/17_operations.ipynb #45c5d3b6
 def _put_in_force(pointer:str, policy:Policy)->None:
     "Writes the policy and names it in the pointer."
     try:
         write_pointer(pointer, _follow(Path(pointer))[0], write_policy(Path(pointer).parent, policy))
     except OSError as error:
-        raise RiskError(f'{Path(pointer).parent} cannot be written: {error}. The approval is on the audit trail; write the policy with `riskscore policy set`.') from error
+        raise RiskError(f'{Path(pointer).parent} cannot be written: {error}. The approval is on the audit trail; put it in force there with '
+                        '`riskscore policy set`.') from error
 
 # %% ../nbs/17_operations.ipynb #c46912d7
 STALE = 5.0  # seconds without a look at the store after which a worker says that it is not ready

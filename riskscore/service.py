@@ -24,7 +24,7 @@ from .problems import Problem, problem, refusal
 from .settings import Settings, keys_text
 from .store import Store, StoreUnavailable, open_store
 
-# %% ../nbs/17_service.ipynb #5e8a766f
+# %% ../nbs/17_service.ipynb #2e919d8b
 log = logging.getLogger(__name__)
 PURPOSES = ('decision', 'what_if', 'backtest')
 RETRY_STORE = 2.0  # seconds after which to try again
@@ -39,7 +39,7 @@ class Work(NamedTuple):
     key: str | None = None  # idempotency key
     batch: str | None = None  # batch that it belongs to
 
-
+# %% ../nbs/17_service.ipynb #392194aa
 def _counts(work:Work, answer:Any)->tuple[tuple[str, str], ...]:
     "What the open monitoring window counts of an answer; only decisions are watched."
     if work.purpose != 'decision':

@@ -6,7 +6,7 @@
 __all__ = ['read_size', 'is_loopback', 'Settings', 'settings_from', 'to_env', 'shown', 'keys_text', 'settings_help',
            'SafeFormatter', 'log_config']
 
-# %% ../nbs/10_settings.ipynb #37534bd7
+# %% ../nbs/10_settings.ipynb #82c5cb10
 import ipaddress
 import json
 import logging
@@ -14,6 +14,7 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 from urllib.parse import urlsplit
@@ -62,7 +63,8 @@ def _names(text:str)->tuple[str, ...]:
     "A list with commas."
     return tuple(part.strip() for part in text.split(',') if part.strip())
 
-# %% ../nbs/10_settings.ipynb #45b578c5
+# %% ../nbs/10_settings.ipynb #749b2f7d
+@lru_cache(maxsize=256)
 def is_loopback(
     host:str, # a name or address to listen on, or a Host header with or without a port
 )->bool: # only localhost, 127.0.0.0/8 and ::1 are

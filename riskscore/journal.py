@@ -105,13 +105,16 @@ def _lookup(keys:int, mark:str)->str:
             f'ON a.request_id = d.request_id WHERE d.idempotency IN ({marks}) UNION ALL '
             f'SELECT idempotency, request_id, answer, fingerprint, purpose FROM trials WHERE idempotency IN ({marks})')
 
-# %% ../nbs/13_journal.ipynb #e56e9247
+# %% ../nbs/13_journal.ipynb #686f345b
+_STATES = 'SELECT name, value, version FROM state ORDER BY name'
+
+
 class _Book:
     "The writing side of a journal: used by one thread."
 
     def __init__(self, store: Store, key: bytes, anchors: str | Path):
         self.store, self.key, self.writer, self.started_at = store, key, new_id(), now()
-        self.mark, self.share = ('?', '') if store.path else ('%s', ' FOR SHARE')
+        self.mark = '?' if store.path else '%s'
         heads = read_anchors(anchors, key)[0]
         self.genesis = genesis(key, self.writer, self.started_at, heads)
         self.heads = canonical_json({name: [h.seq, h.mac] for name, h in heads.items()})
@@ -131,13 +134,16 @@ class _Book:
             _read_head(self)
         return self.connection.execute(statement, values)
 
-    def look(self, share: str = '') -> None:
-        "Reads the states."
-        raw = self.execute(f'SELECT name, value, version FROM state ORDER BY name{share}').fetchall()
+    def see(self, raw: list[Any]) -> None:
+        "Takes in the states as they are in the database."
         self.looked_at = time.monotonic()
         if raw != self.raw:
             self.raw, self.states = raw, {name: (json.loads(value), version) for name, value, version in raw}
             self.stopped = bool(self.states.get('stop', ({}, 0))[0].get('stopped'))
+
+    def look(self) -> None:
+        "Reads the states."
+        self.see(self.execute(_STATES).fetchall())
 
     def insert(self, table: str, values: list[Any]) -> None:
         "Inserts rows, given one after the other."
@@ -155,12 +161,13 @@ class _Book:
         except Exception:  # whatever it was, a new connection says what is there
             _disconnect(self)
 
-# %% ../nbs/13_journal.ipynb #448b3497
+# %% ../nbs/13_journal.ipynb #63ff3874
 def _limit_waiting(book:_Book)->None:
     "A lock or a server that does not answer is given up after a while; PostgreSQL keeps the statements of all batch sizes."
     if book.store.path is None:
         book.connection.prepared_max = 512
-        book.connection.execute("SELECT set_config('lock_timeout', '5s', false), set_config('statement_timeout', '10s', false)")
+        limits = ', '.join(f"set_config('{name}', '{round(book.store.wait * 1000 * n)}', false)" for name, n in (('lock_timeout', 1), ('statement_timeout', 2)))
+        book.connection.execute(f'SELECT {limits}')
 
 # %% ../nbs/13_journal.ipynb #56e901f4
 def _disconnect(book:_Book)->None:
@@ -177,11 +184,19 @@ def _read_head(book:_Book)->None:
         found += book.connection.execute(f'SELECT seq, mac FROM {table} WHERE writer = {book.mark} ORDER BY seq DESC LIMIT 1', (book.writer,)).fetchall()
     book.seq, book.mac = max(found)
 
-# %% ../nbs/13_journal.ipynb #5935fcf1
-def _begin(book:_Book)->None:
-    "Starts a transaction that no stop can overtake: SQLite has one writer, PostgreSQL holds the states until the commit."
-    book.execute('BEGIN' if book.store.path is None else 'BEGIN IMMEDIATE')
-    book.look(book.share)
+# %% ../nbs/13_journal.ipynb #14be27a3
+def _begin(book:_Book, change:bool=False)->None:
+    "Starts a transaction that no change of a state can overtake; its own change waits until the others have ended."
+    if book.store.path:  # one writer at a time
+        book.execute('BEGIN IMMEDIATE')
+        return book.look()
+    lock = 'pg_advisory_xact_lock' if change else 'pg_advisory_xact_lock_shared'
+    if book.connection is None:
+        book.look()
+    cursor = book.connection.execute(f'BEGIN; SELECT {lock}(7317202); {_STATES}', prepare=False)  # one round trip; row locks would let readers starve a stop
+    cursor.nextset()
+    cursor.nextset()
+    book.see(cursor.fetchall())
 
 # %% ../nbs/13_journal.ipynb #eaa4444d
 def _end(book:_Book, seq:int, mac:str)->None:
@@ -365,11 +380,11 @@ class _Note:
     content: str
     state: tuple[str, Any, int | None] | None
 
-# %% ../nbs/13_journal.ipynb #367bcbde
+# %% ../nbs/13_journal.ipynb #1d08c3b4
 def _write_note(book:_Book, note:_Note)->int:
     "Stores a note and its change of a state; gives its number in the chain."
     at = now()
-    _begin(book)
+    _begin(book, change=note.state is not None)
     if note.state:
         _change(book, *note.state, at, note.actor)
     fields = (book.writer, book.seq + 1, at, note.actor, note.event, note.subject, note.content)

@@ -95,13 +95,14 @@ def chained_fields(
 class StoreUnavailable(RuntimeError):
     "The database is locked, full or gone: nothing was stored; try again later."
 
-# %% ../nbs/12_store.ipynb #61244e93
+# %% ../nbs/12_store.ipynb #a709e95c
 @dataclass(frozen=True)
 class Store:
     "An open database with the service's tables."
 
     engine: sa.Engine
     path: Path | None  # the SQLite file, or None for PostgreSQL
+    wait: float  # seconds to wait for a lock
 
     @property
     def tables(self) -> Mapping[str, Table]:  # by name
@@ -172,7 +173,7 @@ def _prepare_postgresql(connection:Any, record:object)->None:
     connection.execute("SELECT set_config('synchronous_commit', 'on', false) WHERE current_setting('synchronous_commit') = 'off'")
     connection.autocommit = before
 
-# %% ../nbs/12_store.ipynb #0704c770
+# %% ../nbs/12_store.ipynb #89e4ae5c
 def open_store(
     url:str, # sqlite:///path/to/file.db or postgresql+psycopg://user:password@host/database
     wait:float=5.0, # seconds to wait for a lock before giving up
@@ -183,7 +184,7 @@ def open_store(
     try:
         if path is not None:
             _make_file(path, wait)
-        store = Store(_engine(place, wait), path)
+        store = Store(_engine(place, wait), path, wait)
         with store.write() as connection:
             _ensure_tables(connection)
     except (SQLAlchemyError, StoreUnavailable, OSError, sqlite3.Error) as error:

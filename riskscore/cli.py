@@ -6,7 +6,7 @@
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'policy_commands', 'show', 'set_policy',
            'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #6e9a4bfd
+# %% ../nbs/51_cli.ipynb #5a741053
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +20,7 @@ import click
 from . import __version__
 from .contract import DECISIONS, LANGUAGES, Contract, load_contract
 from .core import RiskError, frame_rows, listing, suggest, write_text
+from .operate import erase, keys_commands, serve, verify
 
 if TYPE_CHECKING:
     from riskscore.batch import BatchRun
@@ -67,12 +68,16 @@ def _progress(
     with tqdm(desc=what, unit=' rows', unit_scale=True, leave=False) as bar:
         yield lambda rows: bar.update(rows - bar.n)
 
-# %% ../nbs/51_cli.ipynb #2507cc77
+# %% ../nbs/51_cli.ipynb #ca518b07
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 @click.version_option(__version__, prog_name='riskscore')
 def main()->None: # the entry point
-    "Credit-risk scoring: data contracts, batch scores, example data. The pipeline itself is `ploomber build`."
+    "Credit-risk scoring: data contracts, batch scores, the scoring service, example data. The pipeline itself is `ploomber build`."
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of LightGBM that wait leave the processor to the reader
+
+
+for command in (serve, verify, erase, keys_commands):
+    main.add_command(command)
 
 # %% ../nbs/51_cli.ipynb #5b84fc6f
 @main.group('contract')

@@ -7,13 +7,13 @@ __all__ = ['REVIEWS', 'PAGE_LIMIT', 'EXPORTED', 'Filters', 'read_filters', 'inst
            'receipt', 'Note', 'review_note', 'store_outcomes', 'start_batch', 'finish_batch', 'list_batches',
            'window_counts', 'review_counts', 'read_state']
 
-# %% ../nbs/14_decisions.ipynb #03a88af0
+# %% ../nbs/14_decisions.ipynb #433e5911
 import base64
-import binascii
 import csv
 import io
 import json
 import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from datetime import UTC, date, datetime, timedelta
@@ -97,24 +97,22 @@ def instant(
         raise RiskError(f'expected a time such as 2026-03-01 or 2026-03-01T12:30:00Z, got {str(text)[:40]!r}.') from error
     return moment.replace(tzinfo=None).isoformat(timespec='microseconds') + 'Z'
 
-# %% ../nbs/14_decisions.ipynb #1728cb48
-_CURSOR = re.compile(r'(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z)\|([0-9a-f]{32})')
-
-
+# %% ../nbs/14_decisions.ipynb #11b27a32
 def _cursor(row:Mapping[str, Any])->str:
-    "Where the page behind a row begins."
-    return base64.urlsafe_b64encode(f'{row["received_at"]}|{row["request_id"]}'.encode()).decode()
+    "Where the page behind a row begins, with a check sum."
+    place = f'{row["received_at"]}|{row["request_id"]}'
+    return base64.urlsafe_b64encode(f'{place}|{zlib.crc32(place.encode()):08x}'.encode()).decode()
 
-# %% ../nbs/14_decisions.ipynb #29e87e00
+# %% ../nbs/14_decisions.ipynb #39eb2dde
 def _read_cursor(cursor:str)->tuple[str, str]:
     "Time and id of the last row of the page before."
     try:
-        found = _CURSOR.fullmatch(base64.b64decode(cursor.encode('ascii'), altchars=b'-_', validate=True).decode('ascii'))
-    except (ValueError, binascii.Error):
-        found = None
-    if not found:
-        raise RiskError(f'The cursor {cursor[:80]!r} is damaged. Pass on `next_cursor` of the page before as it came, or leave it out for the newest.')
-    return found[1], found[2]
+        received_at, request_id, _ = base64.b64decode(cursor.encode('ascii'), altchars=b'-_', validate=True).decode('ascii').split('|')
+        if _cursor({'received_at': received_at, 'request_id': request_id}) == cursor:
+            return received_at, request_id
+    except ValueError:
+        pass  # the same is wrong with it
+    raise RiskError(f'The cursor {cursor[:80]!r} is damaged. Pass on `next_cursor` of the page before as it came, or leave it out for the newest.')
 
 # %% ../nbs/14_decisions.ipynb #8dd4145f
 REVIEWS = ('reviewed', 'overridden')
@@ -132,7 +130,7 @@ def _query(store:Store, filters:Filters)->sa.Select[Any]:
                       last_review.limit(1).scalar_subquery().label('review'), last_outcome.limit(1).scalar_subquery().label('bad'))
     return query.where(*_conditions(store, filters)).order_by(d.c.received_at.desc(), d.c.request_id.desc())
 
-# %% ../nbs/14_decisions.ipynb #d460cce8
+# %% ../nbs/14_decisions.ipynb #3308ff4b
 def _conditions(store:Store, filters:Filters)->Iterator[sa.ColumnElement[bool]]:
     "What a decision must fulfil."
     d, a, people = store.tables['decisions'], store.tables['audit'], store.tables['applications']
@@ -144,10 +142,11 @@ def _conditions(store:Store, filters:Filters)->Iterator[sa.ColumnElement[bool]]:
     yield from (compare(limit) for limit, compare in limits if limit is not None)
     if filters.applicant is not None:
         yield d.c.request_id.in_(sa.select(people.c.request_id).where(people.c.applicant == filters.applicant))
-    if filters.reviewed:
-        yield d.c.request_id.in_(sa.select(a.c.subject).where(a.c.event.in_(REVIEWS)))
-    elif filters.reviewed is False:
-        yield ~sa.exists().where(a.c.subject == d.c.request_id, a.c.event.in_(REVIEWS))
+    if filters.status == 'stopped':
+        yield d.c.decision == 'refer'  # always so; said, because there is an index over it
+    if filters.reviewed is not None:
+        found = sa.exists().where(a.c.subject == d.c.request_id, a.c.event.in_(REVIEWS))
+        yield found if filters.reviewed else ~found
 
 # %% ../nbs/14_decisions.ipynb #2e829ffa
 PAGE_LIMIT = 1000
@@ -204,12 +203,17 @@ def export_decisions(
         if cursor is None:
             return
 
-# %% ../nbs/14_decisions.ipynb #f436561b
+# %% ../nbs/14_decisions.ipynb #ed39cc48
+_ID = re.compile('[0-9a-f]{32}')  # what else is asked for is not there, and some databases would choke on it
+
+
 def receipt(
     store:Store, # the log
     request_id:str, # as the answer gave it
 )->dict[str, Any]|None: # row, answer, application, reviews, outcomes and place in the chain; None: there is no such decision
     "All that is stored of one decision."
+    if not _ID.fullmatch(request_id):
+        return None
     d, people, o = (store.tables[name] for name in ('decisions', 'applications', 'outcomes'))
     with store.read() as connection:
         row = connection.execute(sa.select(d).where(d.c.request_id == request_id)).mappings().one_or_none()
@@ -241,7 +245,7 @@ class Note(NamedTuple):
     subject: str  # what it is about, such as a request
     content: dict[str, Any]
 
-# %% ../nbs/14_decisions.ipynb #ce7b3542
+# %% ../nbs/14_decisions.ipynb #d15ce52e
 _REASON_LENGTH = (3, 2000)
 
 
@@ -255,6 +259,8 @@ def review_note(
 )->Note|None: # event `overridden` when an automated approval or refusal is turned, else `reviewed`; None: there is no such decision
     "Checks a person's decision on a case and words it for the audit trail."
     d, why, who = store.tables['decisions'], ' '.join(reason.split()), ' '.join(reviewer.split())
+    if not _ID.fullmatch(request_id):
+        return None
     with store.read() as connection:
         case = connection.execute(sa.select(d.c.decision, d.c.status).where(d.c.request_id == request_id)).one_or_none()
         later = connection.scalar(sa.select(d.c.request_id).where(d.c.supersedes == request_id))
@@ -338,10 +344,11 @@ class _Known(NamedTuple):
     tried: set[str]  # what_if and backtest
     last: dict[str, tuple[int, int, str]]  # request to version, bad and time of its newest outcome
 
-# %% ../nbs/14_decisions.ipynb #d8cf72f2
+# %% ../nbs/14_decisions.ipynb #524089b7
 def _known(store:Store, connection:sa.Connection, ids:Sequence[str])->_Known:
     "Looks the requests up."
     d, t, o = (store.tables[name] for name in ('decisions', 'trials', 'outcomes'))
+    ids = [i for i in ids if _ID.fullmatch(i)]
     decided = {row.request_id: row.received_at[:10] for row in connection.execute(sa.select(d.c.request_id, d.c.received_at).where(d.c.request_id.in_(ids)))}
     tried = set(connection.scalars(sa.select(t.c.request_id).where(t.c.request_id.in_(set(ids) - set(decided)))))
     rows = connection.execute(sa.select(o).where(o.c.request_id.in_(ids)).order_by(o.c.request_id, o.c.version))

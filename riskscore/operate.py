@@ -132,7 +132,7 @@ def erase(
 def keys_commands()->None: # group of commands
     "Make API keys."
 
-# %% ../nbs/50_operate.ipynb #e861b4f1
+# %% ../nbs/50_operate.ipynb #9bd6f851
 @keys_commands.command(short_help='Make an API key.', epilog='Example: riskscore keys new desk score,label >> keys.txt')
 @click.argument('name')
 @click.argument('roles')
@@ -140,7 +140,7 @@ def new(
     name:str, # of the caller
     roles:str, # with commas
 )->None: # prints the line for the file of keys, and on the other channel the key itself
-    "Make a key for NAME with ROLES (score, label, operate). The line for the file of keys goes to the output; the key itself is shown once, on the error channel."
+    "Make a key for NAME with ROLES (score, label, operate). The line for the file of keys goes to the output, the key itself, once, to the error channel."
     from riskscore.keys import key_line, new_key
 
     key = new_key()

@@ -9,6 +9,7 @@ from riskscore.calibration import Calibration
 from riskscore.contract import Contract, check_frame, parse_contract
 from riskscore.features import fit_plan
 from riskscore.policy import Policy
+from riskscore.reasons import fit_reasons
 from riskscore.trees import Trees
 
 VALUE = {'approve': {'good': 0.1, 'bad': -0.5}, 'refer': {'good': 0.05, 'bad': -0.1, 'fixed': -1.0}, 'decline': {'good': 0.0, 'bad': 0.0}}
@@ -59,7 +60,7 @@ def applications(rows: int, seed: int = 0, target: bool = True) -> dict[str, lis
     return raw | ({'bad': bad.astype(int).tolist()} if target else {})
 
 
-def small_bundle(folder: Path, trees: int = 20, contract: Contract | None = None) -> Path:
+def small_bundle(folder: Path, trees: int = 20, contract: Contract | None = None, explains: bool = False, pointer: str = 'champion.json') -> Path:
     "Trains a bundle below `folder`/models, points `folder`/champion.json to it, and gives its directory."
     contract = contract or small_contract()
     typed = check_frame(contract, applications(600)).frame
@@ -67,9 +68,10 @@ def small_bundle(folder: Path, trees: int = 20, contract: Contract | None = None
     data = lgb.Dataset(plan.frame(typed), typed['bad'], categorical_feature=plan.categorical, params={'verbosity': -1})
     booster = lgb.train({'objective': 'binary', 'num_leaves': 7, 'verbosity': -1, 'num_threads': 1, 'seed': 1}, data, trees)
     policy = Policy(0.2, 0.5, contract.value, contract.currency, contract.amount)
-    path = write_bundle(folder / 'models', Trees('lightgbm', booster.model_to_string()), plan, Calibration(-0.1, 1.1), policy, contract,
-                        {'rows': 600}, {'seconds': 0.5})
-    write_pointer(folder / 'champion.json', path)
+    model, features = Trees('lightgbm', booster.model_to_string()), plan.frame(typed)
+    reasons = fit_reasons(contract, plan, features, model.contributions(features)) if explains else None
+    path = write_bundle(folder / 'models', model, plan, Calibration(-0.1, 1.1), policy, contract, {'rows': 600}, {'seconds': 0.5}, reasons)
+    write_pointer(folder / pointer, path)
     return path
 
 

@@ -176,13 +176,16 @@ def _disconnect(book:_Book)->None:
     with suppress(Exception):
         connection.close()
 
-# %% ../nbs/13_journal.ipynb #4cbf3901
+# %% ../nbs/13_journal.ipynb #35aa9d0e
 def _read_head(book:_Book)->None:
     "The head of the writer's chain, as the database has it."
     found = [(0, book.genesis)]
     for table in ('decisions', 'audit'):
         found += book.connection.execute(f'SELECT seq, mac FROM {table} WHERE writer = {book.mark} ORDER BY seq DESC LIMIT 1', (book.writer,)).fetchall()
-    book.seq, book.mac = max(found)
+    seq, mac = max(found)
+    if seq > book.seq:  # a commit that was thought to be lost; its counts went with it
+        book.counts = {}
+    book.seq, book.mac = seq, mac
 
 # %% ../nbs/13_journal.ipynb #14be27a3
 def _begin(book:_Book, change:bool=False)->None:
@@ -266,7 +269,7 @@ def _first(known:_Known, key:str, entry:Entry)->Answer|None:
         raise KeyReused('This idempotency key was used with another body or purpose. Send the same request again, or another key.')
     return Answer(answer, request, True)
 
-# %% ../nbs/13_journal.ipynb #bb1829f3
+# %% ../nbs/13_journal.ipynb #76166f57
 _UNSAID = '"supersedes":null}'  # how an answer ends that does not know of an earlier one
 
 
@@ -275,6 +278,8 @@ def _keyed(batch:_Batch, entry:Entry, stopped:bool)->tuple[Answer|None, str|None
     key, held = entry.idempotency, f'stopped:{entry.idempotency}'
     if key is None:
         return None, None, entry.answer
+    if key.startswith('stopped:'):
+        raise RiskError('An idempotency key may not begin with `stopped:`. Choose another key.')
     if answer := _first(batch.known, key, entry):
         return answer, None, ''
     if entry.status == 'stopped':
@@ -351,7 +356,7 @@ def _unavailable(book:_Book, error:Exception)->bool:
     of_rows = (driver.IntegrityError, driver.DataError, driver.ProgrammingError, driver.NotSupportedError)
     return isinstance(error, StoreUnavailable) or (isinstance(error, driver.Error) and not isinstance(error, of_rows))
 
-# %% ../nbs/13_journal.ipynb #5d8f5ae2
+# %% ../nbs/13_journal.ipynb #7abe4bda
 def _store(book:_Book, entries:Sequence[Entry], tries:int=4)->list[Answer|Exception]:
     "Stores a batch; what comes back stands for each entry in turn."
     try:
@@ -359,6 +364,7 @@ def _store(book:_Book, entries:Sequence[Entry], tries:int=4)->list[Answer|Except
     except Exception as error:
         book.abandon()
         if _unavailable(book, error):
+            _disconnect(book)
             log.error('The store does not answer: %s', error)
             return [StoreUnavailable(f'The decision could not be stored: {error}') for _ in entries]
         if isinstance(error, book.store.engine.dialect.dbapi.IntegrityError) and tries:  # type: ignore[union-attr]
@@ -410,7 +416,7 @@ def _change(book:_Book, name:str, value:Any, expected:int|None, at:str, actor:st
     if changed != 1:
         raise StateMoved(f'Somebody else changed the state {name} at the same moment. Look at it again and decide anew.')
 
-# %% ../nbs/13_journal.ipynb #931c4bf2
+# %% ../nbs/13_journal.ipynb #8bfb0707
 def _note(book:_Book, note:_Note)->int|Exception:
     "Stores a note, or says why not."
     for last in (False, True):
@@ -419,13 +425,14 @@ def _note(book:_Book, note:_Note)->int|Exception:
         except Exception as error:
             book.abandon()
             if _unavailable(book, error):
+                _disconnect(book)
                 log.error('The store does not answer: %s', error)
                 return StoreUnavailable(f'The note could not be stored: {error}')
             if last or isinstance(error, ValueError):
                 return error
     raise AssertionError('unreachable')
 
-# %% ../nbs/13_journal.ipynb #338eee54
+# %% ../nbs/13_journal.ipynb #96ac1575
 class _Checkpoints(threading.Thread):
     "Copies SQLite's log back into the database."
 
@@ -449,11 +456,14 @@ class _Checkpoints(threading.Thread):
             if self.connection is None:
                 self.connection = self.store.driver()
                 self.connection.execute('PRAGMA busy_timeout=20')
-            busy, frames, copied = self.connection.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+            for _ in range(3):  # each leaves what was written during it, which is less and less
+                busy, frames, copied = self.connection.execute('PRAGMA wal_checkpoint(PASSIVE)').fetchone()
+                if busy or frames * 4096 <= self.limit:
+                    return False
         except Exception as error:  # nothing is lost: the log stays, and the next round tries again
             log.debug('A checkpoint did not run: %s', error)
             return False
-        return not busy and frames * 4096 > self.limit and frames - copied < 1024  # a reader that needs old pages keeps more
+        return frames - copied < 1024  # more is left while a reader needs old pages
 
     def restart(self) -> None:
         "Copies the rest and starts the log again; for the journal, between its transactions."
@@ -505,7 +515,7 @@ class _Running:
                 self._checkpoints.stop.set()
                 self._checkpoints.join()
 
-# %% ../nbs/13_journal.ipynb #c28a0f8d
+# %% ../nbs/13_journal.ipynb #dd4275bd
 class Journal(_Running):
     "Stores answers for an event loop."
 
@@ -537,7 +547,7 @@ class Journal(_Running):
 
     async def put_many(self, entries: Sequence[Entry]) -> list[Answer | Exception]:
         "The same for many: in order, each gets its answer or its error."
-        parts = [_accept(self, entries[i:i + _BATCH]) for i in range(0, len(entries), _BATCH)]
+        parts = [_accept(self, entries[i:i + _BATCH], max(0, len(entries) - i - _BATCH)) for i in range(0, len(entries), _BATCH)]
         return [result for part in parts for result in await part]
 
     def count(self, pairs: Iterable[tuple[str, str]]) -> None:
@@ -554,16 +564,13 @@ class Journal(_Running):
             raise result
         return result
 
-# %% ../nbs/13_journal.ipynb #3d89b089
-def _accept(journal:Journal, entries:Sequence[Entry])->asyncio.Future[list[Answer|Exception]]:
-    "Takes entries into the queue."
+# %% ../nbs/13_journal.ipynb #ffd6c6a1
+def _accept(journal:Journal, entries:Sequence[Entry], more:int=0)->asyncio.Future[list[Answer|Exception]]:
+    "Takes entries into the queue, when there is room for them and for those that follow."
     if not journal._open:
         raise StoreUnavailable('The journal is closed: the service is stopping.')
-    if journal.depth + len(entries) > journal._limit:
-        raise Overloaded(f'{journal.depth} answers wait to be stored, which is the limit.')
-    for entry in entries:
-        if entry.idempotency and entry.idempotency.startswith('stopped:'):
-            raise RiskError('An idempotency key may not begin with `stopped:`. Choose another key.')
+    if journal.depth + len(entries) + more > journal._limit:
+        raise Overloaded(f'{journal.depth} answers wait to be stored, and {journal._limit} may.')
     assert journal._loop is not None
     future = journal._loop.create_future()
     journal.depth += len(entries)
@@ -589,7 +596,7 @@ def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
             return
         timeout, size = 0, size + (len(item[0]) if type(item[0]) is list else 1)
 
-# %% ../nbs/13_journal.ipynb #e6871096
+# %% ../nbs/13_journal.ipynb #ff132ebd
 def _serve(journal:_Running)->None:
     "The journal's thread: stores what waits until it is closed."
     book, going = journal._book, True
@@ -601,9 +608,8 @@ def _serve(journal:_Running)->None:
         if puts or book.counts:
             started, entries = time.perf_counter(), [e for part, _ in puts for e in part]
             results = _store(book, entries)
-            if journal._on_commit:
-                journal._on_commit(len(entries), time.perf_counter() - started)
             _wake(journal, _settle, journal, [future for _, future in puts], [len(part) for part, _ in puts], results)
+            _report(journal, len(entries), time.perf_counter() - started)
         elif not items:
             _glance(book)
         if journal._checkpoints:
@@ -614,6 +620,15 @@ def _serve(journal:_Running)->None:
     _disconnect(book)
     book.anchor.close()
 
+# %% ../nbs/13_journal.ipynb #76f84ca2
+def _report(journal:_Running, entries:int, seconds:float)->None:
+    "Tells the one who counts transactions; whatever goes wrong there, the journal goes on."
+    try:
+        if journal._on_commit:
+            journal._on_commit(entries, seconds)
+    except Exception:
+        log.exception('The count of transactions failed.')
+
 # %% ../nbs/13_journal.ipynb #3df0ae2d
 def _gather(journal:_Running)->None:
     "Adds up the counts that came without an entry."
@@ -623,14 +638,14 @@ def _gather(journal:_Running)->None:
         for name, item in pairs:
             counts[hour, name, item] = counts.get((hour, name, item), 0) + 1
 
-# %% ../nbs/13_journal.ipynb #6c92d89c
+# %% ../nbs/13_journal.ipynb #46dd065f
 def _glance(book:_Book)->None:
     "Looks at the states while nothing is written; when that fails the last look grows old, and whoever asks sees it."
     try:
         book.look()
     except Exception as error:
         log.error('The store does not answer: %s', error)
-        book.abandon()
+        _disconnect(book)
 
 # %% ../nbs/13_journal.ipynb #220a5a0c
 def _wake(journal:_Running, act:Callable[..., None], *what:Any)->None:

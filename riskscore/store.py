@@ -95,7 +95,7 @@ def chained_fields(
 class StoreUnavailable(RuntimeError):
     "The database is locked, full or gone: nothing was stored; try again later."
 
-# %% ../nbs/12_store.ipynb #a709e95c
+# %% ../nbs/12_store.ipynb #c75434fb
 @dataclass(frozen=True)
 class Store:
     "An open database with the service's tables."
@@ -112,7 +112,8 @@ class Store:
     @contextmanager
     def read(self) -> Iterator[sa.Connection]:
         "A connection that sees one state of the database."
-        with _available(), self.engine.connect() as connection:
+        steady = {} if self.path else {'isolation_level': 'REPEATABLE READ'}
+        with _available(), self.engine.connect().execution_options(**steady) as connection:
             yield connection
 
     @contextmanager

@@ -6,10 +6,11 @@
 __all__ = ['Distinct', 'PLAN_VERSION', 'feature', 'declared_features', 'feature_meanings', 'feature_expressions', 'FeaturePlan',
            'fit_plan', 'plan_to_json', 'plan_from_json']
 
-# %% ../nbs/03_features.ipynb #1421852b
+# %% ../nbs/03_features.ipynb #6222c8ac
 import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import cached_property
 from operator import itemgetter
 from typing import Any
 
@@ -120,7 +121,7 @@ def _kept_levels(counts:Mapping[str, Counter], min_count:int)->dict[str, list[st
 # %% ../nbs/03_features.ipynb #ee14ad95
 Distinct = tuple[npt.NDArray[Any], npt.NDArray[np.integer]]  # distinct values of a category, and the position of each row's value among them
 
-# %% ../nbs/03_features.ipynb #fc550155
+# %% ../nbs/03_features.ipynb #708d147b
 class FeaturePlan:
     "Features fitted on history: data, not code."
 
@@ -141,7 +142,7 @@ class FeaturePlan:
         names = [column for column, _, _ in self._encoders]
         self._pick: Callable[[Any], Sequence[Any]] = itemgetter(*names) if len(names) > 1 else lambda typed: [typed[n] for n in names]
 
-    @property
+    @cached_property
     def columns(self) -> list[str]:
         "Columns of the contract that it reads."
         return list(dict.fromkeys(leaf.args[0] for leaf in self._inputs))

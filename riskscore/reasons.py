@@ -221,7 +221,7 @@ def _label(contract:Contract, feature:str, group:str, language:str)->str:
         return detail
     return f'{whole} ({detail})' if detail else whole
 
-# %% ../nbs/06_reasons.ipynb #5f76245e
+# %% ../nbs/06_reasons.ipynb #71da29be
 @dataclass(frozen=True)
 class Mixture:
     "Mixed features, ready to be computed for other values of their columns."
@@ -235,7 +235,7 @@ class Mixture:
         typed: Mapping[str, Any],  # typed columns, or the typed values of one application
     ) -> npt.NDArray[np.float64]:  # (rows, features, columns) that add up to 1 over the columns
         "The part of each column in each feature, of each application."
-        columns = {n: v if isinstance(v, np.ndarray) else np.array([v], dtype=object) for n, v in typed.items() if n in self.plan.columns}
+        columns = {n: v if isinstance(v := typed[n], np.ndarray) else np.array([v], dtype=object) for n in self.plan.columns}
         if not columns:
             return np.zeros((_rows(typed), 0, 0))
         count = len(self.usual)

@@ -45,22 +45,24 @@ def _table(
     rest = [Column(n, _Text) for n in optional.split()]
     return Table(name, _SCHEMA, *columns, *[p for p in parts if isinstance(p, Column)], *rest, *[p for p in parts if not isinstance(p, Column)])
 
-# %% ../nbs/12_store.ipynb #a0f5fa10
-def _unless_missing(table:str, column:str, unique:bool=False)->Index:
-    "An index over a column, without the rows that lack it."
+# %% ../nbs/12_store.ipynb #d3d90f2f
+def _unless_missing(table:str, column:str, *more:str, unique:bool=False)->Index:
+    "An index over a column and more, without the rows that lack it."
     some = sa.text(f'{column} IS NOT NULL')
-    return Index(f'{table}_{column}', column, unique=unique, sqlite_where=some, postgresql_where=some)
+    return Index(f'{table}_{column}', column, *more, unique=unique, sqlite_where=some, postgresql_where=some)
 
 # %% ../nbs/12_store.ipynb #b9073f3b
 def _score_columns()->list[sa.schema.SchemaItem]:
     "What a model said; nothing while stopped."
     return [Column('pd', Double), Column('score', Integer)]
 
-# %% ../nbs/12_store.ipynb #188d5ae2
+# %% ../nbs/12_store.ipynb #1b19237a
 _table('meta', keys={'name': _Text}, texts='value')
 _table('chains', keys={'writer': _Text}, texts='started_at genesis heads')
 _table('decisions', *_score_columns(), CheckConstraint("status IN ('scored', 'stopped')"), Index('decisions_request', 'request_id', unique=True),
-       Index('decisions_received', 'received_at', 'request_id'), _unless_missing('decisions', 'idempotency', unique=True),
+       Index('decisions_received', 'received_at', 'request_id'), Index('decisions_decision', 'decision', 'received_at', 'request_id'),
+       _unless_missing('decisions', 'batch', 'received_at', 'request_id'), _unless_missing('decisions', 'supersedes'),
+       _unless_missing('decisions', 'idempotency', unique=True),
        keys={'writer': _Text, 'seq': BigInteger}, texts='request_id received_at status decision model_version policy_version content_digest answer mac',
        optional='supersedes idempotency batch')
 _table('applications', _unless_missing('applications', 'applicant'), keys={'request_id': _Text}, texts='salt content', optional='applicant fingerprint')
@@ -72,7 +74,8 @@ _table('outcomes', Column('bad', Integer, nullable=False), CheckConstraint('bad 
        keys={'request_id': _Text, 'version': Integer}, texts='observed_at received_at actor')
 _table('windows', Column('n', BigInteger, nullable=False), keys={n: _Text for n in ('started_at', 'writer', 'name', 'item')})
 _table('state', Column('version', Integer, nullable=False), keys={'name': _Text}, texts='value changed_at changed_by')
-_table('audit', Index('audit_at', 'at'), keys={'writer': _Text, 'seq': BigInteger}, texts='at actor event subject content mac')
+_table('audit', Index('audit_at', 'at'), Index('audit_subject', 'subject', 'event'),
+       keys={'writer': _Text, 'seq': BigInteger}, texts='at actor event subject content mac')
 _table('shadow', *_score_columns(), keys={'request_id': _Text, 'model_version': _Text}, texts='at decision');
 
 # %% ../nbs/12_store.ipynb #21bb4200

@@ -295,8 +295,8 @@ def test_memory_does_not_grow_with_the_log(log, monkeypatch):
             connection.exec_driver_sql('DELETE FROM decisions')
             connection.exec_driver_sql(
                 f"WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n WHERE i < {rows}) INSERT INTO decisions (writer, seq, request_id, "
-                "received_at, status, decision, model_version, policy_version, content_digest, answer, mac) SELECT 'v', i, 'r' || i, '', 'scored', '', '', '', '', "
-                "printf('%.2000c', 'x'), '' FROM n")
+                "received_at, status, decision, model_version, policy_version, content_digest, answer, mac) "
+                "SELECT 'v', i, 'r' || i, '', 'scored', '', '', '', '', printf('%.2000c', 'x'), '' FROM n")
         log.verify()
         tracemalloc.start()
         log.verify()

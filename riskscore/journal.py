@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['log', 'Entry', 'Answer', 'KeyReused', 'StopChanged', 'Overloaded', 'StateMoved', 'Journal']
 
-# %% ../nbs/13_journal.ipynb #84d99f92
+# %% ../nbs/13_journal.ipynb #f169ca4a
 import asyncio
+import fcntl
 import json
 import logging
 import os
@@ -105,7 +106,29 @@ def _lookup(keys:int, mark:str)->str:
             f'ON a.request_id = d.request_id WHERE d.idempotency IN ({marks}) UNION ALL '
             f'SELECT idempotency, request_id, answer, fingerprint, purpose FROM trials WHERE idempotency IN ({marks})')
 
-# %% ../nbs/13_journal.ipynb #686f345b
+# %% ../nbs/13_journal.ipynb #44e84da4
+class _Turns:
+    "Lets the workers of a machine write to one file in turn: they would sleep on SQLite's own lock, and some for seconds."
+
+    def __init__(self, path: Path):
+        self.next, self.turn = (os.open(f'{path}-{name}', os.O_RDWR | os.O_CREAT, 0o600) for name in ('next', 'turn'))
+
+    def enter(self) -> None:
+        "Waits for our turn; whoever holds `next` comes before the one who has just written."
+        fcntl.flock(self.next, fcntl.LOCK_EX)
+        fcntl.flock(self.turn, fcntl.LOCK_EX)
+        fcntl.flock(self.next, fcntl.LOCK_UN)
+
+    def leave(self) -> None:
+        "Lets the next one write; so does the death of this process."
+        fcntl.flock(self.turn, fcntl.LOCK_UN)
+
+    def close(self) -> None:
+        "Closes the files."
+        os.close(self.next)
+        os.close(self.turn)
+
+# %% ../nbs/13_journal.ipynb #4954fa96
 _STATES = 'SELECT name, value, version FROM state ORDER BY name'
 
 
@@ -119,6 +142,7 @@ class _Book:
         self.genesis = genesis(key, self.writer, self.started_at, heads)
         self.heads = canonical_json({name: [h.seq, h.mac] for name, h in heads.items()})
         self.anchor = Anchor(anchors, key, self.writer)
+        self.turns = _Turns(store.path) if store.path else None
         self.connection: Any = None
         self.seq, self.mac = 0, self.genesis
         self.raw: list[Any] | None = None
@@ -160,6 +184,8 @@ class _Book:
                 _read_head(self)
         except Exception:  # whatever it was, a new connection says what is there
             _disconnect(self)
+        if self.turns:
+            self.turns.leave()
 
 # %% ../nbs/13_journal.ipynb #63ff3874
 def _limit_waiting(book:_Book)->None:
@@ -187,10 +213,11 @@ def _read_head(book:_Book)->None:
         book.counts = {}
     book.seq, book.mac = seq, mac
 
-# %% ../nbs/13_journal.ipynb #14be27a3
+# %% ../nbs/13_journal.ipynb #4797c922
 def _begin(book:_Book, change:bool=False)->None:
     "Starts a transaction that no change of a state can overtake; its own change waits until the others have ended."
-    if book.store.path:  # one writer at a time
+    if book.turns:
+        book.turns.enter()
         book.execute('BEGIN IMMEDIATE')
         return book.look()
     lock = 'pg_advisory_xact_lock' if change else 'pg_advisory_xact_lock_shared'
@@ -201,10 +228,12 @@ def _begin(book:_Book, change:bool=False)->None:
     cursor.nextset()
     book.see(cursor.fetchall())
 
-# %% ../nbs/13_journal.ipynb #eaa4444d
+# %% ../nbs/13_journal.ipynb #c7e37df2
 def _end(book:_Book, seq:int, mac:str)->None:
     "Commits; then the head moves, in memory and in the anchor."
     book.execute('COMMIT')
+    if book.turns:
+        book.turns.leave()
     book.counts = {}
     if seq != book.seq:
         book.seq, book.mac = seq, mac
@@ -213,7 +242,15 @@ def _end(book:_Book, seq:int, mac:str)->None:
         except OSError as error:  # it lags, which is allowed, and is written again with the next commit
             log.warning('The anchor of the chain could not be written: %s.', error)
 
-# %% ../nbs/13_journal.ipynb #c254a696
+# %% ../nbs/13_journal.ipynb #b8722da6
+def _close_book(book:_Book)->None:
+    "Closes the connection and the files."
+    _disconnect(book)
+    book.anchor.close()
+    if book.turns:
+        book.turns.close()
+
+# %% ../nbs/13_journal.ipynb #b3a3f744
 def _open_book(book:_Book)->None:
     "Registers the writer's chain."
     try:
@@ -225,8 +262,7 @@ def _open_book(book:_Book)->None:
         book.look()
     except Exception as error:
         book.abandon()
-        _disconnect(book)
-        book.anchor.close()
+        _close_book(book)
         raise StoreUnavailable(f'The journal cannot begin: {error}') from error
     book.anchor.write(0, book.genesis)
 
@@ -596,7 +632,7 @@ def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
             return
         timeout, size = 0, size + (len(item[0]) if type(item[0]) is list else 1)
 
-# %% ../nbs/13_journal.ipynb #ff132ebd
+# %% ../nbs/13_journal.ipynb #6c678fb2
 def _serve(journal:_Running)->None:
     "The journal's thread: stores what waits until it is closed."
     book, going = journal._book, True
@@ -617,8 +653,7 @@ def _serve(journal:_Running)->None:
         for item in items:
             if item and type(item[0]) is not list:
                 _wake(journal, _settle_one, item[1], _note(book, item[0]))
-    _disconnect(book)
-    book.anchor.close()
+    _close_book(book)
 
 # %% ../nbs/13_journal.ipynb #76f84ca2
 def _report(journal:_Running, entries:int, seconds:float)->None:

@@ -99,7 +99,7 @@ def _any_text()->dict[str, Any]:
     "What is read as the level of an open category."
     return {'type': ['string', 'number', 'boolean'], 'minLength': 1, 'minimum': -_LARGEST, 'maximum': _LARGEST}
 
-# %% ../nbs/17_openapi.ipynb #3b6cf862
+# %% ../nbs/17_openapi.ipynb #a03b5d59
 def column_schema(
     column:Column, # of a contract
 )->dict[str, Any]: # JSON schema (2020-12) of its raw values
@@ -107,7 +107,7 @@ def column_schema(
     missing = _missing(column)
     listed = column.levels and (column.closed or column.kind == 'flag' or column.role == 'target')
     if listed:
-        candidates = [*column.levels, *_as_numbers(column.levels), True, False, *missing]
+        candidates = [*column.levels, *_as_numbers(column.levels), True, False, 'True', 'False', *missing]
         return {'description': _meaning(column), 'enum': [v for v in _distinct(candidates) if _accepts(column, v)]}
     options = [_any_text()] if column.kind in ('category', 'flag') or column.role == 'target' else _numbers(column)
     taken, barred = [v for v in missing if _accepts(column, v)], [v for v in missing if not _accepts(column, v)]

@@ -548,16 +548,17 @@ class _Noter(Protocol):
 
     def __call__(self, actor: str, event: str, subject: str, content: Mapping[str, Any]) -> Awaitable[Any]: ...
 
-# %% ../nbs/14_ledger.ipynb #b79e04d4
+# %% ../nbs/14_ledger.ipynb #4c4faa03
 async def erase(
     store:Store, # the log
     note:_Noter, # Journal.note, which writes the audit trail
     applicant:str, # who, as applications name them
     actor:str, # whose key or name is used
     reason:str, # why; it stays on the audit trail, so it must not name the applicant
+    rewrite:bool=True, # write a SQLite file anew, so that no remnant stays; 10 seconds a gigabyte in which nobody else can write
 )->Erased: # what was erased
     "Removes all applications of an applicant, and leaves an audit row for each."
-    if applicant in reason or len(reason.strip()) < 3:
+    if re.search(rf'(?<!\w){re.escape(applicant)}(?!\w)', reason) or len(reason.strip()) < 3:
         raise RiskError('Expected a reason of 3 characters or more that does not name the applicant: it stays on the audit trail.')
     done: list[str] = []
     while ids := await asyncio.to_thread(_applications, store, applicant):  # again, for one may arrive meanwhile
@@ -565,7 +566,7 @@ async def erase(
         await asyncio.gather(*(note(actor, 'erased', i, {'reason': reason.strip()}) for i in ids if i not in known))
         await asyncio.to_thread(_remove, store, ids)
         done += ids
-    left = await asyncio.to_thread(_scrub, store) if done else ''
+    left = await asyncio.to_thread(_scrub, store, rewrite)  # also when nothing was left to erase: the last time, somebody may have been in the way
     log.info('%d applications of one applicant were erased.', len(done))
     return Erased(tuple(done), left)
 
@@ -592,31 +593,32 @@ def _remove(store:Store, ids:Sequence[str])->None:
             connection.exec_driver_sql('PRAGMA secure_delete=ON').close()
         connection.execute(people.delete().where(people.c.request_id.in_(ids)))
 
-# %% ../nbs/14_ledger.ipynb #1d09e06f
+# %% ../nbs/14_ledger.ipynb #0fa40f95
 _SCRUB_SECONDS = 5.0
 
 
-def _scrub(store:Store)->str:
+def _scrub(store:Store, rewrite:bool)->str:
     "Drives deleted content out of the files; says what stands in the way."
     connection = store.driver()
     try:
         if store.path is None:
             connection.execute('VACUUM applications')
             return ''
-        connection.execute('PRAGMA temp_store=FILE')  # the copy may be larger than the memory
-        connection.execute('VACUUM')
+        if rewrite:
+            connection.execute('PRAGMA temp_store=FILE')  # the copy may be larger than the memory
+            connection.execute('VACUUM')
         until = time.monotonic() + _SCRUB_SECONDS
         while connection.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchone()[0]:
             if time.monotonic() > until:
                 return 'Somebody is reading the database, so that its write-ahead log still holds old pages. Stop the service and erase again.'
             time.sleep(0.1)
-        return ''
+        return '' if rewrite else 'The file was not written anew, so that remnants may stay in its unused space until the next erasure that does.'
     except store.engine.dialect.dbapi.Error as error:  # type: ignore[union-attr]
         return f'The database could not be written anew: {error}. Stop the service and erase again.'
     finally:
         connection.close()
 
-# %% ../nbs/14_ledger.ipynb #d75a2380
+# %% ../nbs/14_ledger.ipynb #7db3202d
 def erase_offline(
     store:Store, # the log
     key:bytes, # the ledger's key
@@ -624,13 +626,14 @@ def erase_offline(
     applicant:str, # who, as applications name them
     actor:str, # who erases
     reason:str, # why, without the name
+    rewrite:bool=True, # write a SQLite file anew; see `erase`
 )->Erased: # what was erased
-    "Erases an applicant without a running service; beside one it works too."
+    "Erases an applicant without a running service; beside one it works too, if its users can wait or the file is not written anew."
     async def run() -> Erased:
         journal = Journal(store, key, anchors)
         journal.start()
         try:
-            return await erase(store, journal.note, applicant, actor, reason)
+            return await erase(store, journal.note, applicant, actor, reason, rewrite)
         finally:
             await asyncio.to_thread(journal.close)
 

@@ -331,6 +331,7 @@ class Writing:
                 await journal.put_many([entry(n) for n in range(7)])
                 await journal.note('desk', 'loaded', 'm1', {})
                 self.written += 8
+            await asyncio.sleep(0.02)  # else the log grows faster than it is read, and the test with it
         for journal in journals:
             await asyncio.to_thread(journal.close)
 
@@ -347,7 +348,7 @@ def test_a_server_that_goes_on_writing_raises_no_alarm(log, monkeypatch):
     monkeypatch.setattr(ledger, '_PAGE', 7)
     seen = []
     with Writing(log) as writing:
-        while len(seen) < 12:
+        while len(seen) < 8:
             report = log.verify()
             assert report.ok, report.findings
             seen.append(report.rows)
@@ -409,6 +410,17 @@ def test_an_erased_applicant_is_gone_from_the_files_and_the_chain_is_whole(tmp_p
     log.store.close()
 
 
+def test_an_erasure_may_leave_the_file_as_it_is_and_says_so(tmp_path):
+    log = Log(tmp_path)
+    asyncio.run(decided(log, ['Zoe-Quillfeather-0815', 'Ben'])).close()
+    before = log.path.stat().st_size
+    done = erase_offline(log.store, KEY, log.anchors, 'Zoe-Quillfeather-0815', 'Kim', 'asked for it', rewrite=False)
+    assert 'was not written anew' in done.left and log.path.stat().st_size >= before
+    assert b'Zoe-Quillfeather-0815' not in bytes_of(tmp_path) and b'Ben' in bytes_of(tmp_path)
+    assert log.verify().ok
+    log.store.close()
+
+
 def test_an_erasure_that_broke_off_is_told_and_finished_by_asking_again(tmp_path, monkeypatch):
     log = Log(tmp_path)
     asyncio.run(decided(log, ['Ana', 'Ben', 'Ana'])).close()
@@ -434,7 +446,9 @@ def test_an_erasure_says_when_a_reader_keeps_old_pages(tmp_path, monkeypatch):
     reader.execute('SELECT * FROM applications').fetchall()
     done = erase_offline(log.store, KEY, log.anchors, 'Ana', 'Kim', 'asked for it')
     assert len(done.request_ids) == 1 and 'Stop the service and erase again' in done.left
+    assert b'Ana' in bytes_of(tmp_path)
     reader.close()
+    assert erase_offline(log.store, KEY, log.anchors, 'Ana', 'Kim', 'asked for it').left == '' and b'Ana' not in bytes_of(tmp_path)
     log.store.close()
 
 

@@ -4,7 +4,7 @@
 __all__ = ['RETRY_STOPPED', 'router', 'ServiceOf', 'Operator', 'Labeller', 'Scoring', 'Anybody', 'OPEN', 'Front', 'Page',
            'Review', 'Outcome', 'Proposal', 'Approval', 'Why', 'create_app']
 
-# %% ../nbs/18_api.ipynb #ae26df4e
+# %% ../nbs/18_api.ipynb #5b6b798a
 import asyncio
 import hashlib
 import json
@@ -20,7 +20,8 @@ from urllib.parse import parse_qsl
 
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import StreamingResponse
+from fastapi.openapi.utils import get_openapi
+from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 from starlette.exceptions import HTTPException
 
@@ -33,9 +34,12 @@ from riskscore.decisions import (
     store_outcomes,
 )
 from .fast import Refused
-from .guard import Guard, GuardedProtocol, limits_of
+from .docs import docs_page
+from .guard import Guard, GuardedProtocol, limits_of, page_headers
 from .journal import Answer, KeyReused, Overloaded, StateMoved
 from .keys import ACCESS, Caller
+from .meters import metrics_page, observer
+from .openapi import describe
 from .operations import approve_policy, drift_status, health, propose_policy, proposed_policy, set_stop, shadow_summary, stop_state
 from .problems import Problem, from_risk_error, problem, send_problem
 from .service import PURPOSES, Service, Work, predict, predict_block, problem_of
@@ -89,9 +93,11 @@ async def _body_of(receive:Any)->bytes:
         parts.append(message.get('body', b''))
     return b''.join(parts)
 
-# %% ../nbs/18_api.ipynb #0cad0b18
+# %% ../nbs/18_api.ipynb #968ffda8
 class Front:
     "Answers `POST /predict`, and hands everything else on."
+
+    path = '/predict'
 
     def __init__(
         self,
@@ -101,8 +107,9 @@ class Front:
         self.app, self.service = app, service
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope['type'] != 'http' or scope['path'] != '/predict' or scope['method'] != 'POST':
+        if scope['type'] != 'http' or scope['path'] != self.path or scope['method'] != 'POST':
             return await self.app(scope, receive, send)
+        scope['route'] = self  # whose path the meters count under
         try:
             _require(scope, 'score')
             if not self.service.ready:
@@ -223,13 +230,14 @@ class Review(BaseModel):
     decision: Literal['approve', 'decline']
     reason: Annotated[str, Field(pattern=r'[^\x00-\x20](?:[^\x00]*[^\x00-\x20]){2}', max_length=2000)]
 
-# %% ../nbs/18_api.ipynb #697d34f8
+# %% ../nbs/18_api.ipynb #6465efa3
 @router.post('/decisions/{request_id}/review', tags=['decisions'], operation_id='review_decision')
 async def _review(request_id:str, review:Review, service:ServiceOf, caller:Operator)->dict[str, Any]:
     "A person decides a referred case, or overrides the model; both stand side by side in the log."
     arguments = service.store, request_id, review.reviewer, review.decision, review.reason, caller.name
     note = _known(await asyncio.to_thread(review_note, *arguments), request_id)
     await service.journal.note(*note)
+    service.meters.count('reviews', review.decision, str(note.event == 'overridden').lower())
     return {'request_id': request_id, 'event': note.event, **note.content}
 
 # %% ../nbs/18_api.ipynb #677163a5
@@ -436,6 +444,21 @@ async def _health_page(request:Request, caller:Anybody)->dict[str, Any]:
     "How it is: model, store, queue, disk, stop."
     return _health(request.app.state.service)
 
+# %% ../nbs/18_api.ipynb #63722598
+@router.get('/metrics', tags=['health'], operation_id='metrics', response_class=PlainTextResponse)
+async def _metrics(request:Request, caller:Anybody)->Response:
+    "For Prometheus: requests, latency, decisions, scores, refusals, reviews, stop, queue, model; of all workers."
+    service, guard = request.app.state.service, request.app.state.guard
+    for what, n in GuardedProtocol.counts.items():
+        service.meters.count('cut', what, n=n)
+    GuardedProtocol.counts.clear()
+    service.meters.state('in_work', guard.waiting)
+    if service.ready:
+        service.meters.state('waiting', service.journal.depth)
+        service.meters.state('stopped', service.journal.stopped)
+    body, kind = await asyncio.to_thread(metrics_page, service.meters)
+    return Response(body, media_type=kind)
+
 # %% ../nbs/18_api.ipynb #87f4af11
 def _health(service:Service)->dict[str, Any]:
     "How a worker is; one that begins or ends is not ready."
@@ -485,8 +508,27 @@ async def _on_error(request:Request, error:Any)->Response:
 _HANDLERS: dict[Any, Any] = {Problem: _on_problem, RiskError: _on_risk_error, RequestValidationError: _on_invalid, HTTPException: _on_http,
                              Exception: _on_error, **dict.fromkeys((KeyReused, Overloaded, StoreUnavailable, StateMoved), _on_fault)}
 
-# %% ../nbs/18_api.ipynb #85c6e3aa
-OPEN = ('/livez', '/readyz')  # need no key
+# %% ../nbs/18_api.ipynb #322edacd
+_ABOUT = 'Answers credit applications with a calibrated probability, a decision, reasons and a durable record.'
+_PAGES = {'/docs': page_headers("default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'")}
+
+
+def _described(app:FastAPI, service:Service)->dict[str, Any]:
+    "OpenAPI; made anew when the contract changes."
+    contract = service.model.scorer.contract
+    if getattr(app.state, 'described', None) != contract.digest:
+        plain = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
+        app.state.document, app.state.described = describe(plain, contract, OPEN, service.keys.keyless), contract.digest
+    return app.state.document
+
+# %% ../nbs/18_api.ipynb #5989be75
+@router.get('/docs', include_in_schema=False)
+async def _docs(request:Request)->Response:
+    "The description as a page."
+    return HTMLResponse(docs_page(request.app.openapi()))
+
+# %% ../nbs/18_api.ipynb #54e6ec69
+OPEN = ('/livez', '/readyz', '/docs', '/openapi.json')  # need no key
 _URGENT = ('/livez', '/readyz', '/health', '/metrics', '/emergency-stop', '/emergency-stop/resume')
 
 
@@ -503,8 +545,12 @@ def create_app(
         yield
         await service.close()
 
-    app = FastAPI(title='riskscore', version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None, exception_handlers=_HANDLERS)
-    app.state.service = service
+    app = FastAPI(title='riskscore', version=__version__, description=_ABOUT, lifespan=lifespan, docs_url=None, redoc_url=None,
+                  exception_handlers=_HANDLERS)
     app.include_router(router)
+    app.openapi = lambda: _described(app, service)  # type: ignore[method-assign]
     GuardedProtocol.limits = limits_of(settings, ['/predict_batch'], _URGENT)
-    return Guard(Front(app, service), GuardedProtocol.limits, service.keys.caller, OPEN, settings.keyless, settings.cors_origins)
+    guard = Guard(Front(app, service), GuardedProtocol.limits, service.keys.caller, OPEN, settings.keyless, settings.cors_origins, _PAGES,
+                  observer(service.meters))
+    app.state.service, app.state.guard = service, guard
+    return guard

@@ -3,13 +3,15 @@
 # %% auto #0
 __all__ = ['APP', 'server_config', 'serve']
 
-# %% ../nbs/19_server.ipynb #48b78729
+# %% ../nbs/19_server.ipynb #19692791
 import os
 import resource
+from pathlib import Path
 
 from uvicorn import Config, Server
 from uvicorn.supervisors import Multiprocess
 
+from .meters import prepare_folder
 from .settings import Settings, log_config, to_env
 
 # %% ../nbs/19_server.ipynb #d8342b91
@@ -26,7 +28,7 @@ def server_config(
                   server_header=False, proxy_headers=False, backlog=4096, timeout_keep_alive=max(1, round(settings.keep_alive)),
                   timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)))
 
-# %% ../nbs/19_server.ipynb #1ca18748
+# %% ../nbs/19_server.ipynb #b2eca98c
 def serve(
     settings:Settings, # how the service runs
     app:str=APP, # a function without arguments that makes the application
@@ -36,6 +38,7 @@ def serve(
     _allow_connections(settings.max_connections)
     config = server_config(settings, app)
     if settings.workers > 1:
+        os.environ.update(prepare_folder(Path(settings.folder) / 'meters'))  # where the workers add up their counters
         Multiprocess(config, [config.bind_socket()]).run()
         return 0
     server = Server(config)

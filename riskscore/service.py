@@ -4,7 +4,7 @@
 __all__ = ['log', 'PURPOSES', 'RETRY_STORE', 'WATCH', 'Outcome', 'Work', 'entry_of', 'refused_counts', 'problem_of', 'Service',
            'predict', 'predict_block']
 
-# %% ../nbs/17_service.ipynb #6af58f7d
+# %% ../nbs/17_service.ipynb #932cdbf7
 import asyncio
 import logging
 from collections import deque
@@ -20,6 +20,7 @@ from .core import RiskError
 from .fast import Application, FastScorer, Refused
 from .journal import Answer, Entry, Journal, KeyReused, Overloaded, StateMoved, StopChanged
 from .keys import parse_keys
+from .meters import Meters, show_model
 from .problems import Problem, problem, refusal
 from .settings import Settings, keys_text
 from .store import Store, StoreUnavailable, open_store
@@ -94,7 +95,7 @@ def problem_of(
         return problem('store', 'Nothing was decided and nothing was stored. Try again with the same idempotency key.', retry_after=RETRY_STORE, **more)
     raise error
 
-# %% ../nbs/17_service.ipynb #ae471c79
+# %% ../nbs/17_service.ipynb #30114ad5
 WATCH = 1.0  # seconds between looks at the pointers
 _SHADOW = 1024  # applications that wait for the challenger at most
 
@@ -109,7 +110,8 @@ class Service:
         self,
         settings:Settings, # how it runs
     ):
-        self.settings, self.keys = settings, parse_keys(keys_text(settings))
+        self.settings, self.keys, self.meters = settings, parse_keys(keys_text(settings)), Meters()
+        self.meters.state('drift_share', float('nan'))  # not known: there is no reference to compare with
         self.key = ledger_key(settings.ledger_key or '', settings.ledger_key_file, make=True)
         self.champion = Slot('champion', settings.model)
         self.challenger = Slot('challenger', settings.challenger) if settings.challenger and settings.shadow else None
@@ -158,6 +160,7 @@ class Service:
 
     async def _record(self, changes: list[Change]) -> None:
         for change in changes:
+            show_model(self.meters, change.role, change.version, change.policy_version)
             await self.journal.note('service', change.event, change.version or change.role, asdict(change))
 
 # %% ../nbs/17_service.ipynb #f0db131d
@@ -170,7 +173,7 @@ async def _watch(service:Service)->None:
         except Exception:
             log.exception('A look at the models failed.')
 
-# %% ../nbs/17_service.ipynb #783bb444
+# %% ../nbs/17_service.ipynb #7d165986
 async def predict(
     service:Service, # the worker
     work:Work, # the request
@@ -185,12 +188,15 @@ async def predict(
             answer = await journal.put(entry)
         except StopChanged:
             continue
-        if service.challenger and not answer.repeated:
-            _shade(service, entry)
+        except StoreUnavailable:
+            service.meters.count('store_faults', 'unavailable')
+            raise
+        if not answer.repeated:
+            _after(service, entry)
         return answer, entry
     raise Overloaded('The emergency stop changes faster than answers are stored.')
 
-# %% ../nbs/17_service.ipynb #97d9bd95
+# %% ../nbs/17_service.ipynb #04c363be
 _TRIES = 4 # a stop may come between scoring and storing, and go again
 
 
@@ -199,11 +205,14 @@ def _read(service:Service, model:FastScorer, work:Work)->Application:
     try:
         return model.reader.read(work.body)
     except Refused as refused:
+        counts = refused_counts(refused, model.scorer.contract.columns)
+        for _, reason in counts[1:]:
+            service.meters.count('refused', reason)
         if work.purpose == 'decision':
-            service.journal.count(refused_counts(refused, model.scorer.contract.columns))
+            service.journal.count(counts)
         raise
 
-# %% ../nbs/17_service.ipynb #6e74bd0b
+# %% ../nbs/17_service.ipynb #91807f9c
 _TURN = 8  # rows between turns of the loop
 
 Outcome = tuple[Answer, Entry] | Refused | KeyReused | Overloaded | StoreUnavailable
@@ -225,6 +234,9 @@ async def predict_block(
         entries = {i: await _entry(service, model, works[i], *parts, turn=i % _TURN == 0) for i, parts in open_.items()}
         stored = await _stored(service, entries)
         outcomes |= {i: (found, entries[i]) if isinstance(found, Answer) else found for i, found in stored.items()}
+        for i, found in stored.items():
+            if isinstance(found, Answer) and not found.repeated:
+                _after(service, entries[i])
         open_ = {i: parts for i, parts in open_.items() if isinstance(stored[i], StopChanged)}
         if not open_:
             break
@@ -248,17 +260,19 @@ async def _stored(service:Service, entries:Mapping[int, Entry])->dict[int, Answe
     plain: dict[int, Answer | Exception] = {i: Answer(e.answer, e.request_id, False) for i, e in entries.items() if i not in decided}
     return plain | dict(zip(decided, found, strict=True))
 
-# %% ../nbs/17_service.ipynb #9a39d005
-def _shade(service:Service, entry:Entry)->None:
-    "Puts a scored decision before the challenger, unless too many wait."
-    if entry.purpose != 'decision' or entry.status != 'scored':
+# %% ../nbs/17_service.ipynb #c3786113
+def _after(service:Service, entry:Entry)->None:
+    "Counts an answer, and puts a scored decision before the challenger unless too many wait."
+    service.meters.decision(entry.purpose, entry.decision, entry.score)
+    if not service.challenger or entry.purpose != 'decision' or entry.status != 'scored':
         return
     if len(service.waiting_shadow) >= _SHADOW:
         service.shadow_dropped += 1
+        service.meters.count('shadow', 'dropped')
     else:
         service.waiting_shadow.append((entry.request_id, entry.content))
 
-# %% ../nbs/17_service.ipynb #609184af
+# %% ../nbs/17_service.ipynb #7fa5ad33
 async def _follow_shadow(service:Service)->None:
     "Scores with the challenger what was answered, in a thread and in blocks."
     while True:
@@ -267,8 +281,10 @@ async def _follow_shadow(service:Service)->None:
         if block and service.challenger and service.challenger.model:
             try:
                 service.shadow_scored += await asyncio.to_thread(_score_shadow, service.store, service.challenger.model, block)
+                service.meters.count('shadow', 'scored', n=len(block))
             except Exception:
                 service.shadow_dropped += len(block)
+                service.meters.count('shadow', 'dropped', n=len(block))
                 log.exception('The challenger could not be scored.')
 
 # %% ../nbs/17_service.ipynb #3bbb05d6

@@ -139,19 +139,21 @@ def _writers(store:Store)->list[str]:
                 found.add(writer)
     return sorted(found)
 
-# %% ../nbs/14_ledger.ipynb #a2acb9d3
-@dataclass
-class _Start:
+# %% ../nbs/14_ledger.ipynb #a48ae426
+class _Start(NamedTuple):
     "The record of a chain."
 
     genesis: str
     genuine: bool  # does it fit the key?
-    heads: dict[str, Head]  # ends of other chains that its writer saw
 
-# %% ../nbs/14_ledger.ipynb #76b098a5
-def _starts(store:Store, key:bytes)->dict[str, _Start]:
-    "The records of all chains."
+# %% ../nbs/14_ledger.ipynb #3a3e867a
+_Seen = dict[int, dict[str, str]]  # number of a row to its link and who has seen it
+
+
+def _starts(store:Store, key:bytes, anchored:Mapping[str, Head])->tuple[dict[str, _Start], dict[str, _Seen]]:
+    "The records of all chains, and of each chain the rows that its anchor or a later chain has seen."
     starts = {}
+    seen = {writer: {head.seq: {head.mac: 'its anchor'}} for writer, head in anchored.items()}
     with store.read() as connection:
         for row in connection.execute(sa.select(store.tables['chains']).order_by(store.tables['chains'].c.writer)):
             try:
@@ -159,8 +161,10 @@ def _starts(store:Store, key:bytes)->dict[str, _Start]:
                 genuine = genesis(key, row.writer, row.started_at, heads) == row.genesis
             except (ValueError, TypeError, AttributeError):
                 heads, genuine = {}, False
-            starts[row.writer] = _Start(row.genesis, genuine, heads if genuine else {})
-    return starts
+            for head in heads.values() if genuine else ():
+                seen.setdefault(head.writer, {}).setdefault(head.seq, {}).setdefault(head.mac, f'chain {row.writer}')
+            starts[row.writer] = _Start(row.genesis, genuine)
+    return starts, seen
 
 # %% ../nbs/14_ledger.ipynb #79070a6b
 def _anchors(folder:str|Path, key:bytes)->tuple[dict[str, Head], list[str]]:
@@ -171,18 +175,6 @@ def _anchors(folder:str|Path, key:bytes)->tuple[dict[str, Head], list[str]]:
             break
         time.sleep(0.05)
     return heads, problems
-
-# %% ../nbs/14_ledger.ipynb #f0aba59b
-_Seen = dict[int, dict[str, str]]  # number of a row to its link and who has seen it
-
-
-def _seen(heads:Mapping[str, Head], starts:Mapping[str, _Start])->dict[str, _Seen]:
-    "Of each writer the rows that others have seen."
-    seen: dict[str, _Seen] = {}
-    for who, known in (('its anchor', heads), *((f'chain {name}', start.heads) for name, start in starts.items())):
-        for writer, head in known.items():
-            seen.setdefault(writer, {}).setdefault(head.seq, {}).setdefault(head.mac, who)
-    return seen
 
 # %% ../nbs/14_ledger.ipynb #a8d0983e
 @dataclass
@@ -313,7 +305,7 @@ def _take_lacking(store:Store, walk:_Walk, lacking:Sequence[_Row])->None:
         if row.fields[_REQUEST] not in erased:
             walk.add('missing', f'The application of decision {row.fields[_REQUEST]} is gone, and no erasure of it is on the audit trail.', row)
 
-# %% ../nbs/14_ledger.ipynb #b4a3df87
+# %% ../nbs/14_ledger.ipynb #80963b53
 def verify(
     store:Store, # the log; a server may be writing to it
     key:bytes, # the ledger's key
@@ -322,8 +314,8 @@ def verify(
     "Walks over all chains and says what is not as it was written."
     heads, broken = _anchors(anchors, key)
     writers = _writers(store)
-    starts = _starts(store, key)  # after the writers: who has rows has a record
-    report, seen = Report(), _seen(heads, starts)
+    starts, seen = _starts(store, key, heads)  # after the writers: who has rows has a record
+    report = Report()
     fitted = bool(heads) or any(start.genuine for start in starts.values())
     for words in broken:
         report.add('anchor', f'{words}. Restore it from a copy, and ask who could write there.', words.partition('.anchor')[0])
@@ -334,7 +326,7 @@ def verify(
         report.rows += walk.last
     _check_anchors_exist(report, anchors, key, {w for w in writers if w not in heads})
     _check_erasures(store, report)
-    return report if fitted else _only_the_key(report)
+    return report if fitted or not report.chains else _only_the_key(report)
 
 # %% ../nbs/14_ledger.ipynb #c561e0b1
 def _walk(store:Store, key:bytes, writer:str, start:_Start|None, seen:_Seen, anchored:bool, report:Report)->_Walk:
@@ -402,14 +394,13 @@ def _check_erasures(store:Store, report:Report)->None:
     for request_id in left:
         report.add('unfinished', f'The application of {request_id} was to be erased and is still there. Run `riskscore erase` again.', request_id=request_id)
 
-# %% ../nbs/14_ledger.ipynb #f0359a6b
+# %% ../nbs/14_ledger.ipynb #7fb034e1
 def _only_the_key(report:Report)->Report:
     "What is left to say when nothing at all fits the key: it is the wrong one."
     for kind in ('key', 'genesis', 'anchor', 'changed'):
         del report.counts[kind]
     report.findings = [f for f in report.findings if f.kind in report.counts]
-    if report.rows:
-        report.add('key', 'Nothing in this log fits the key: it is not the one that the log was written with. Name the right one; the links were not checked.')
+    report.add('key', 'Nothing in this log fits the key: it is not the one that the log was written with. Name the right one; the links were not checked.')
     return report
 
 # %% ../nbs/14_ledger.ipynb #7dee3807

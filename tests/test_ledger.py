@@ -236,6 +236,19 @@ def test_a_wrong_key_is_said_once(log):
     assert [(f.kind, f.writer, f.seq) for f in report.findings] == [('key', '', None)] and 'Name the right one' in report.findings[0].words
 
 
+def test_a_wrong_key_does_not_hide_an_empty_log(tmp_path):
+    log = Log(tmp_path)
+    assert log.verify().ok and log.verify().text.startswith('0 chains with 0 rows')
+    log.start('v')
+    assert log.verify().ok
+    assert log.found(b'y' * 32) == [('key', '', None)]
+    log.note('v')
+    log.tamper('DELETE FROM audit', 'DELETE FROM chains')
+    assert log.found() == [('chain', 'v', 1)]
+    assert log.found(b'y' * 32) == [('anchor', 'v', None)]
+    log.store.close()
+
+
 def test_a_chain_of_another_key_is_said_once_among_the_others(log):
     log.start('x', key=b'x' * 32)
     for _ in range(5):

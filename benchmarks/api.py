@@ -8,7 +8,7 @@ does, which no service can beat. The tutorial service (tutorial_service.py) lear
 trees of as many leaves; it keeps no log. Both processes stand still but for the one that is measured, and all modes take turns in rounds, because
 machines are shared: figures are medians of the rounds, ratios are medians of ratios within a round, and `cpu us` is the server's own processor time per
 answer. wrk sends thousands of different applications in turn; nothing is cached between them. After every run the store must hold a row for each answer
-with status 200.
+with status 200, and at the end `riskscore verify` must find the chain whole.
 """
 import argparse
 import http.client
@@ -158,6 +158,13 @@ def upload(bodies: list[str], purpose: str, store: Path) -> tuple[float, str]:
     return rate, '; '.join(wrong)
 
 
+def verify(folder: Path) -> tuple[str, bool]:
+    "What `riskscore verify` says of the log."
+    command = [sys.executable, '-c', 'from riskscore.cli import main; main()', 'verify', '--folder', str(folder)]
+    said = subprocess.run(command, capture_output=True, text=True, check=False)
+    return f'riskscore verify: {" ".join((said.stdout + said.stderr).split())[:300]}', said.returncode == 0
+
+
 # ---------------------------------------------------------------- results
 
 def table_of(runs: dict[tuple[Mode, int], list[Run]]) -> Iterator[str]:
@@ -244,6 +251,7 @@ def main() -> int:
         stack.enter_context(server('tutorial', usual, {'OMP_NUM_THREADS': '1', 'OMP_WAIT_POLICY': 'passive'}, folder, TUTORIAL, '/openapi.json'))
         disk = subprocess.run(['stat', '-f', '-c', '%T', folder], capture_output=True, text=True, check=False).stdout.strip()
         runs, batches = measure(args, folder, counts, bodies)
+        verified = verify(folder / 'serving')
     print(f'{len(bodies):,} applications, {trees} trees of {leaves} leaves, one worker, {os.cpu_count()} processors, store on {disk}, '
           f'medians of {args.rounds} rounds of {args.duration} s\n')
     print('\n'.join(table_of(runs)))
@@ -251,7 +259,7 @@ def main() -> int:
         faults = '; '.join(fault for _, fault in done if fault)
         print(f'\nbatch of {BATCH:,} JSON lines, purpose {purpose}: {median(rate for rate, _ in done):,.0f} rows/s {faults}', end='')
     print('\n')
-    held = list(verdicts(runs, 16 if 16 in counts else counts[-1], counts[0]))
+    held = [*verdicts(runs, 16 if 16 in counts else counts[-1], counts[0]), verified]
     print('\n'.join(f'{"yes" if holds else "NO "} {text}' for text, holds in held))
     return 0 if all(holds for _, holds in held) and not any(fault for done in batches.values() for _, fault in done) else 1
 

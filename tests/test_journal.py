@@ -358,12 +358,14 @@ def test_a_commit_of_unknown_fate_leaves_the_chain_whole(place, happened):
             driver = running._book.store.engine.dialect.dbapi
             running._book.connection = Faulty(running._book.connection, happened, driver.OperationalError('connection lost'))
             assert isinstance(await outcome(running.put(entry('first', idempotency='k'))), StoreUnavailable)
+            assert read_anchors(place.anchors, KEY)[0][running.writer].seq == 1  # it lags, and never runs ahead
             again = await running.put(entry('second', idempotency='k'))
             assert (again.text, again.repeated) == (('first', True) if happened else ('second', False))
+            assert (await running.put(entry('third'))).text == 'third'
 
     asyncio.run(run())
     rows = stored(place)
-    assert len(rows['decisions']) == approvals(rows) == 2
+    assert len(rows['decisions']) == approvals(rows) == 3
 
 
 def test_a_full_database_stores_nothing_half(place):

@@ -551,7 +551,7 @@ class _Running:
                 self._checkpoints.stop.set()
                 self._checkpoints.join()
 
-# %% ../nbs/13_journal.ipynb #dd4275bd
+# %% ../nbs/13_journal.ipynb #11d7526f
 class Journal(_Running):
     "Stores answers for an event loop."
 
@@ -588,7 +588,7 @@ class Journal(_Running):
 
     def count(self, pairs: Iterable[tuple[str, str]]) -> None:
         "Adds (name, item) counts to the open window: with the next transaction, or soon."
-        self._counted.append((_hour(now()), pairs))
+        self._counted.append((_hour(now()), [(name, _storable(item)) for name, item in pairs]))
 
     async def note(self, actor: str, event: str, subject: str, content: Any, state: tuple[str, Any, int | None] | None = None) -> int:
         "Adds to the audit trail, and changes a state (name, value, expected version or None) with it; gives the note's number in the chain."
@@ -618,6 +618,11 @@ def _hour(at:str)->str:
     "The window that a time falls in."
     return f'{at[:13]}:00:00.000000Z'
 
+# %% ../nbs/13_journal.ipynb #8225f6d9
+def _storable(item:str)->str:
+    "Text that every database takes: a client may have named a column that does not exist, and one bad name must not hold up the rest."
+    return item.encode('utf-8', 'replace').decode().replace('\0', '?')
+
 # %% ../nbs/13_journal.ipynb #2ce72eb2
 def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
     "What waits, up to a batch; waits a moment for the first."
@@ -632,28 +637,37 @@ def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
             return
         timeout, size = 0, size + (len(item[0]) if type(item[0]) is list else 1)
 
-# %% ../nbs/13_journal.ipynb #6c678fb2
+# %% ../nbs/13_journal.ipynb #aaa39637
 def _serve(journal:_Running)->None:
-    "The journal's thread: stores what waits until it is closed."
-    book, going = journal._book, True
-    while going:
-        items = list(_take(journal._queue))
-        going = None not in items
-        _gather(journal)
-        puts = [item for item in items if item and type(item[0]) is list]
-        if puts or book.counts:
-            started, entries = time.perf_counter(), [e for part, _ in puts for e in part]
-            results = _store(book, entries)
-            _wake(journal, _settle, journal, [future for _, future in puts], [len(part) for part, _ in puts], results)
-            _report(journal, len(entries), time.perf_counter() - started)
-        elif not items:
-            _glance(book)
-        if journal._checkpoints:
-            journal._checkpoints.restart()
-        for item in items:
-            if item and type(item[0]) is not list:
-                _wake(journal, _settle_one, item[1], _note(book, item[0]))
-    _close_book(book)
+    "The journal's thread: stores what waits until it is closed; should it fail, nothing more is accepted."
+    try:
+        while _round(journal):
+            pass
+    finally:
+        journal._open = False
+        _close_book(journal._book)
+
+# %% ../nbs/13_journal.ipynb #d07f9996
+def _round(journal:_Running)->bool:
+    "Stores what waits; shall there be another round?"
+    book = journal._book
+    items = list(_take(journal._queue))
+    going = None not in items
+    _gather(journal)
+    puts = [item for item in items if item and type(item[0]) is list]
+    if puts or book.counts:
+        started, entries = time.perf_counter(), [e for part, _ in puts for e in part]
+        results = _store(book, entries)
+        _wake(journal, _settle, journal, [future for _, future in puts], [len(part) for part, _ in puts], results)
+        _report(journal, len(entries), time.perf_counter() - started)
+    elif not items:
+        _glance(book)
+    if journal._checkpoints:
+        journal._checkpoints.restart()
+    for item in items:
+        if item and type(item[0]) is not list:
+            _wake(journal, _settle_one, item[1], _note(book, item[0]))
+    return going
 
 # %% ../nbs/13_journal.ipynb #76f84ca2
 def _report(journal:_Running, entries:int, seconds:float)->None:

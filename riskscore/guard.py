@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'SAFE_HEADERS', 'Limits', 'limits_of', 'page_headers', 'Guard', 'GuardedProtocol']
 
-# %% ../nbs/15_guard.ipynb #be0a2743
+# %% ../nbs/15_guard.ipynb #94ee016f
 import asyncio
 import logging
 from collections import Counter
@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any, ClassVar
 
 from uvicorn.config import Config
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 from uvicorn.server import ServerState
 
 from .chain import new_id
@@ -310,7 +310,42 @@ class _Sweep:
         self.last = now
         self.loop.call_later(self.interval, self.run)
 
-# %% ../nbs/15_guard.ipynb #8e807123
+# %% ../nbs/15_guard.ipynb #9d33044e
+class _Cycle(RequestResponseCycle):
+    "A request and its answer; a small whole answer goes out in one write."
+
+    held: Any = None  # the head of an answer that waits for its body
+
+    async def send(self, message: Any) -> None:
+        if message['type'] == 'http.response.start' and not self.response_started:
+            self.held = message
+            return
+        held, self.held = self.held, None
+        if held is not None:
+            if message['type'] == 'http.response.body' and not message.get('more_body') and (head := _whole_head(self, held, message)):
+                self.transport.write(head + message['body'])
+                self.response_started = self.response_complete = True
+                self.message_event.set()
+                return self.on_response()
+            await super().send(held)
+        await super().send(message)
+
+# %% ../nbs/15_guard.ipynb #6826bcb3
+def _whole_head(cycle:RequestResponseCycle, start:Any, message:Any)->bytes:
+    "The head of an answer that may go out at once with its body; empty where it may not."
+    size, headers = len(message.get('body', b'')), start['headers']
+    found = dict(headers)
+    if not 0 < size <= _SMALL or found.get(b'content-length') != b'%d' % size or b'connection' in found or b'transfer-encoding' in found:
+        return b''
+    if not cycle.keep_alive or cycle.disconnected or cycle.access_log or cycle.flow.write_paused or cycle.scope['method'] == 'HEAD':
+        return b''
+    lines = [b'%b: %b\r\n' % pair for pair in (*cycle.default_headers, *headers)]
+    head = b''.join(lines)
+    if not len(lines) == head.count(b'\r') == head.count(b'\n') or b'\0' in head:  # a header with a line break in it is uvicorn's to refuse
+        return b''
+    return b'%b%b\r\n' % (STATUS_LINE[start['status']], head)
+
+# %% ../nbs/15_guard.ipynb #31c3d4b6
 class _Timed(HttpToolsProtocol):
     "Notes what a connection waits for, and how much has come."
 
@@ -324,6 +359,7 @@ class _Timed(HttpToolsProtocol):
 
     def on_headers_complete(self) -> None:
         super().on_headers_complete()
+        self.cycle.__class__ = _Cycle
         self.head_at, self.began = None, self.loop.time()
         self.body_at, self.body_bytes = self.began, 0
 

@@ -43,6 +43,12 @@ async def app(scope, receive, send):
         seen['most'] = max(seen['most'], seen['work'])
         await asyncio.sleep(0.4)
         seen['work'] -= 1
+    if scope['path'] == '/fails':
+        await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'2')]})
+        raise ValueError('between head and body')
+    if scope['path'] == '/split':
+        await send({'type': 'http.response.start', 'status': 200, 'headers': [(b'content-length', b'2'), (b'x', b'a\\r\\nset-cookie: b')]})
+        return await send({'type': 'http.response.body', 'body': b'ok'})
     if scope['path'] == '/much':
         await send({'type': 'http.response.start', 'status': 200, 'headers': []})
         for _ in range(1000):
@@ -304,6 +310,25 @@ def test_keep_alive_goes_on_after_refusals(make):
         assert ask(connection, body=b'x' * 1000, x_api_key=KEY)[0] == 200
     assert connection.sock.getsockname() == ours
     assert ask(connection, body=b'x' * 1001, x_api_key=KEY)[1]['connection'] == 'close'
+
+
+def test_answers_in_one_write_keep_to_http(server):
+    for path in ('/a', '/b'):
+        both = server.connect(b'GET %s HTTP/1.1\r\n\r\n' % path.encode() * 2 + b'GET / HTTP/1.1\r\nConnection: close\r\n\r\n')
+        answers = rest(both)
+        assert answers.count(b'HTTP/1.1 200 OK\r\n') == 3 and answers.count(b'connection: close') == 1 # each in its turn, then the end
+    connection = http.client.HTTPConnection('127.0.0.1', server.port, timeout=10)
+    connection.request('HEAD', '/')
+    answer = connection.getresponse()
+    assert answer.status == 200 and int(answer.getheader('content-length')) > 10 and answer.read() == b''
+    assert ask(connection)[0] == 200
+    assert rest(server.connect(b'GET / HTTP/1.0\r\n\r\n')).startswith(b'HTTP/1.1 200 OK\r\n')
+
+
+def test_a_failure_between_head_and_body_is_a_500(server):
+    assert rest(server.connect(b'GET /fails HTTP/1.1\r\n\r\n')).startswith(b'HTTP/1.1 500 ')
+    assert b'set-cookie' not in rest(server.connect(b'GET /split HTTP/1.1\r\n\r\n'))
+    assert server.ask()[0] == 200 and server.seen()['waiting'] == 0
 
 
 def test_without_keys_other_names_and_other_pages_are_refused(make):

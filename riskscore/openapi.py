@@ -168,10 +168,10 @@ def _filled(contract:Contract, draw:random.Random)->dict[str, Any]:
             found |= {} if value is None else {column.name: value}
     return found
 
-# %% ../nbs/17_openapi.ipynb #ab734df2
+# %% ../nbs/17_openapi.ipynb #4aa4a536
 def _unusual(contract:Contract, application:Mapping[str, Any])->dict[str, Any]:
     "The same with one value that is flagged; as it is where no rule can be broken softly."
-    for column in contract.feature_columns:
+    for column in sorted(contract.feature_columns, key=lambda c: bool(c.levels)):  # a number says more than an unknown word
         low, high = column.range
         for value in (None if high is None else math.ceil(high * 1.1 + 1), None if low is None else math.floor(low - abs(low) * 0.1 - 1), 'other'):
             if value is not None and column.kind != 'date' and _read_value(column, value)[1] in SOFT:
@@ -196,10 +196,12 @@ def _record(**members:Any)->dict[str, Any]:
     "An object that has exactly these members."
     return {'type': 'object', 'properties': members, 'required': list(members), 'additionalProperties': False}
 
-# %% ../nbs/17_openapi.ipynb #025e54b3
+# %% ../nbs/17_openapi.ipynb #0f9de323
 def _or_null(schema:Mapping[str, Any])->dict[str, Any]:
     "The same, or null."
-    return {'anyOf': [dict(schema), {'type': 'null'}]} if 'type' not in schema else {**schema, 'type': [schema['type'], 'null']}
+    if 'type' not in schema:
+        return {'anyOf': [dict(schema), {'type': 'null'}]}
+    return {**schema, 'type': [schema['type'], 'null'], **({'enum': [*schema['enum'], None]} if 'enum' in schema else {})}
 
 # %% ../nbs/17_openapi.ipynb #657bc3b7
 _TEXT, _NUMBER, _COUNT = {'type': 'string'}, {'type': 'number'}, {'type': 'integer', 'minimum': 0}

@@ -76,8 +76,37 @@ class Term:
         j = max(bisect_right(at, x) - 1, 0)
         return self._slopes[j] * (max(x, at[0]) - at[j]) + values[j]
 
-# %% ../nbs/06_additive.ipynb #c7e27046
-class Additive:
+# %% ../nbs/06_additive.ipynb #5513ea96
+class _Rows:
+    "How a sum of terms takes one application: the same bits as in a table."
+
+    names: list[str]
+    base: float
+    terms: list[Term]
+    _places: list[int]
+
+    def row_margin(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> float:  # log-odds of default
+        "The margin of one application."
+        values, margin = row.tolist(), self.base
+        for term, place in zip(self.terms, self._places, strict=True):
+            margin += term.one(values[place])
+        return margin
+
+    def row_contributions(
+        self,
+        row: npt.NDArray[np.float32],  # (features,)
+    ) -> npt.NDArray[np.float64]:  # (features + 1,) log-odds, the base last
+        "What each feature of one application adds."
+        values, parts = row.tolist(), [0.0] * len(self.names) + [self.base]
+        for term, place in zip(self.terms, self._places, strict=True):
+            parts[place] = term.one(values[place])
+        return np.array(parts)
+
+# %% ../nbs/06_additive.ipynb #b54a42f1
+class Additive(_Rows):
     "A sum of terms."
 
     def __init__(
@@ -121,26 +150,6 @@ class Additive:
         for term, place in zip(self.terms, self._places, strict=True):
             parts[:, place] = term.of(features[:, place])
         return parts
-
-    def row_margin(
-        self,
-        row: npt.NDArray[np.float32],  # (features,)
-    ) -> float:  # log-odds of default
-        "The margin of one application, the same bits as in a table."
-        values, margin = row.tolist(), self.base
-        for term, place in zip(self.terms, self._places, strict=True):
-            margin += term.one(values[place])
-        return margin
-
-    def row_contributions(
-        self,
-        row: npt.NDArray[np.float32],  # (features,)
-    ) -> npt.NDArray[np.float64]:  # (features + 1,) log-odds, the base last
-        "What each feature of one application adds."
-        values, parts = row.tolist(), [0.0] * self.width + [self.base]
-        for term, place in zip(self.terms, self._places, strict=True):
-            parts[place] = term.one(values[place])
-        return np.array(parts)
 
     def to_bytes(self) -> bytes:
         "The model as JSON."

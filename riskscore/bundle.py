@@ -73,10 +73,10 @@ def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
 
-# %% ../nbs/09_bundle.ipynb #5505f918
+# %% ../nbs/09_bundle.ipynb #1254f387
 @dataclass(frozen=True)
-class Scorer:
-    "A loaded bundle."
+class _Parts:
+    "What a bundle is made of, and how it takes one application."
 
     version: str
     contract: Contract
@@ -87,6 +87,23 @@ class Scorer:
     metadata: Mapping[str, Any]
     reasons: Reasons | None = None
     recourse: Mapping[str, Any] | None = None  # what applicants can change; recourse_from_dict reads it
+
+    @cached_property
+    def calls(self) -> tuple[Margin, Parts]:
+        "How to ask the model about one application; see the notebook `rows`."
+        return row_calls(self.predictor)
+
+    def record(
+        self,
+        application: Mapping[str, Any],  # field name to raw value
+        explain: bool = False,  # with reasons?
+    ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, policy_version, flags (soft violations), and reasons
+        "Scores one application; RiskError lists every field that is refused."
+        return _record(self, application, explain)  # type: ignore[arg-type]
+
+# %% ../nbs/09_bundle.ipynb #e9066e7e
+class Scorer(_Parts):
+    "A loaded bundle."
 
     def frame(
         self,
@@ -123,19 +140,6 @@ class Scorer:
     ) -> list[list[dict[str, Any]]]:  # of each row its reasons, worst first; see the notebook `reasons`
         "Why applications are worse than those that are approved: rules that fired, then what the model says."
         return _explain(self, typed, self.plan.frame(dict(typed)) if features is None else features, limit, threads)
-
-    @cached_property
-    def calls(self) -> tuple[Margin, Parts]:
-        "How to ask the model about one application; see the notebook `rows`."
-        return row_calls(self.predictor)
-
-    def record(
-        self,
-        application: Mapping[str, Any],  # field name to raw value
-        explain: bool = False,  # with reasons?
-    ) -> dict[str, Any]:  # pd, score, decision, knockout (rule or None), value, policy_version, flags (soft violations), and reasons
-        "Scores one application; RiskError lists every field that is refused."
-        return _record(self, application, explain)
 
 # %% ../nbs/09_bundle.ipynb #1492a27e
 def _explain(

@@ -264,7 +264,7 @@ def nothing_asks_whether_a_dtype_is_object(root):
 @rule
 def floors_0_and_1_name_only_the_base_install(root):
     "What runs in production imports the standard library, what the base install asks for, and its own floors."
-    allowed = {'numpy', 'lightgbm', 'yaml', 'click', 'fastapi', 'starlette', 'uvicorn', 'msgspec', 'sqlalchemy', 'prometheus_client', PACKAGE,
+    allowed = {'numpy', 'lightgbm', 'yaml', 'click', 'fastapi', 'pydantic', 'starlette', 'uvicorn', 'msgspec', 'sqlalchemy', 'prometheus_client', PACKAGE,
                *sys.stdlib_module_names}
     for path in libraries(root):
         for cell in filter(lambda c: c.exported and path.stem < '20', cells(path)):

@@ -172,16 +172,16 @@ class _Elements:
         self.state = 'done' if text else 'after'
         return [Row(self.count + 1, None, 'the array ends before this; what follows was not read')] if text else []
 
-# %% ../nbs/15_bulk.ipynb #f054cbb6
+# %% ../nbs/15_bulk.ipynb #e6f78710
 def _opened(text:bytearray)->tuple[bytearray, str]:
     "What follows the bracket that opens the array, once it is there."
     begun = text.lstrip(_BLANK)
-    if not begun or _BOM.startswith(begun):
-        return begun, 'before'
-    begun = begun.removeprefix(_BOM).lstrip(_BLANK)
-    if begun and not begun.startswith(b'['):
+    rest = begun.removeprefix(_BOM).lstrip(_BLANK)
+    if not rest or _BOM.startswith(begun):
+        return begun[:len(_BOM)], 'before'
+    if not rest.startswith(b'['):
         raise RiskError('Expected a JSON array of applications, [{…}, {…}]. For one application a line, say application/x-ndjson.')
-    return begun[1:], 'within' if begun else 'before'
+    return rest[1:], 'within'
 
 # %% ../nbs/15_bulk.ipynb #37e16a84
 _DELIMITERS = ',;\t|'
@@ -405,7 +405,7 @@ def _line_body(
     application = {name: says[cell] for (name, says), cell in zip(columns.items(), cells, strict=True)} if cells else None
     return msgspec.json.encode(application) if application else None, ''
 
-# %% ../nbs/15_bulk.ipynb #1852e16e
+# %% ../nbs/15_bulk.ipynb #7e3b3de8
 PIECE_BYTES, BLOCK_BYTES, BLOCK_ROWS = 1 << 14, 1 << 20, 512  # a piece is small, because other requests wait while it is taken apart
 
 
@@ -414,21 +414,23 @@ async def rows(
     form:str, # json, ndjson or csv; see `upload_form`
     contract:Contract, # of the applications
     limit:int=1_000_000, # bytes of one row; a row beyond it is set aside
-    max_rows:int|None=None, # rows after which nothing more is read
+    max_rows:int|None=None, # rows after which nothing more is taken
     digest:Any=None, # a hashlib object; sees every byte
 )->AsyncIterator[list[Row]]: # blocks of rows in their order; raises RiskError when the upload as a whole cannot be read
     "Takes an upload apart as it arrives."
-    parts = _parts(form, contract, limit)
+    parts: _Parts | None = _parts(form, contract, limit)
     held, size, end = list[Row](), 0, max_rows or float('inf')
     async for piece in _recut(stream, digest):
+        if not parts:
+            continue  # read to the end all the same, as a client that is cut off does not see the answer
         held += parts.feed(piece) if piece else parts.close()
         size += len(piece)
         while len(held) >= BLOCK_ROWS or held and (size >= BLOCK_BYTES or not piece):
             block, held = held[:BLOCK_ROWS], held[BLOCK_ROWS:]
-            size = 0 if not held else size
+            size = size if held else 0
             if block[-1].number > end:
-                yield [r if r.number <= end else r._replace(body=None, problem=_too_many(max_rows)) for r in block if r.number <= end + 1]
-                return
+                block = [r if r.number <= end else r._replace(body=None, problem=_too_many(max_rows)) for r in block if r.number <= end + 1]
+                parts, held = None, []
             yield block
 
 # %% ../nbs/15_bulk.ipynb #07c7d17d
@@ -436,10 +438,10 @@ def _parts(form:str, contract:Contract, limit:int)->_Parts:
     "What takes an upload of this form apart."
     return _Table(contract, limit) if form == 'csv' else _Elements(limit) if form == 'json' else _Lines(limit)
 
-# %% ../nbs/15_bulk.ipynb #2dbd3299
+# %% ../nbs/15_bulk.ipynb #b1bf7b9b
 def _too_many(limit:int|None)->str:
     "The problem of the first row too many."
-    return f'a batch has at most {limit:,} rows; nothing from here on was read'
+    return f'a batch has at most {limit:,} rows; nothing from here on was taken'
 
 # %% ../nbs/15_bulk.ipynb #89cb01cd
 async def _recut(

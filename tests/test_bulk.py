@@ -3,6 +3,7 @@ import asyncio
 import contextlib
 import csv
 import gzip
+import hashlib
 import io
 import itertools
 import json
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from generators import contents, examples, portfolio
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 from small_bundle import applications, small_contract
 
@@ -25,7 +26,8 @@ from riskscore.datasets import read_frames
 
 CONTRACT = small_contract()
 OPENINGS = {'json': b'[', 'ndjson': b'', 'csv': b'app,amount\n'}
-SCRAPS = ['"', '""', ',', '\n', '\r\n', '\r', '{', '}', '[', ']', '\\', '\\"', ' ', 'a', '1', '{"amount":5}', 'x,5', '"x\ny",5', 'é', '\ufeff', 'long ' * 9]
+SCRAPS = ['"', '""', ',', '\n', '\r\n', '\r', '{', '}', '[', ']', '\\', '\\"', ' ', 'a', '1', '{"amount":5}', 'x,5', '"x\ny",5', 'é',
+          '\ufeff', '\ufeff\ufeff[', 'long ' * 9]
 
 
 def taken_apart(form: str, pieces, limit: int = 40, contract=CONTRACT) -> list[Row] | str:
@@ -237,11 +239,12 @@ TEXTS = ['', ' ', '0', '-0', '-0.0', '1', '1.0', ' 7 ', '+5', '5.', '.5', '1e3',
          '2020-01-01T12:00', '2020-13-01', '1900-01-01', '2199-12-31', '20240115', '99991231', '31/01/2026', 'long ' * 20, '٣', '1²']
 
 
-@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture])
+@settings(max_examples=examples(150), suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.function_scoped_fixture])
 @given(st.data(), contents(derived=0), st.sampled_from([',', ',', ';', '\t', '|']))
 def test_any_text_in_a_cell_is_read_as_in_a_batch(tmp_path, data, content, delimiter):
     contract = parse_contract(content)
-    names = [n for n, c in contract.columns.items() if n == n.strip() and c.role != 'target' or c.required]
+    names = [n for n, c in contract.columns.items() if c.role != 'target']
+    assume(not any(n != n.strip() or set(n) & set(',;\t|') for n in names))  # in a header they could mean something else
     lines = data.draw(st.lists(st.tuples(*[st.sampled_from(TEXTS) for _ in names]), min_size=1, max_size=8))
     path = written(tmp_path / 'any.csv', names, lines, delimiter)
     assert assert_as_in_batch(path, contract) == len(lines)
@@ -260,8 +263,10 @@ def test_a_file_that_is_none_is_refused_as_a_whole(form, data, said):
     assert len(str(caught.value)) < 2000
 
 
-def test_rows_beyond_the_allowed_number_are_not_read():
-    data = b'{"amount":5}\n' * 2000
+def test_rows_beyond_the_allowed_number_are_not_taken_but_read():
+    data, seen = b'{"amount":5}\n' * 20_000, hashlib.sha256()
+    assert len(of_stream(data, 'ndjson', max_rows=10, digest=seen)) == 11 and seen.hexdigest() == hashlib.sha256(data).hexdigest()
+    data = data[:2000 * 13]
     assert of_stream(data, 'ndjson', max_rows=2000)[-1] == Row(2000, b'{"amount":5}')
     found = of_stream(data, 'ndjson', max_rows=1024)
     assert [row.number for row in found] == list(range(1, 1026)) and found[-1].problem.startswith('a batch has at most 1,024 rows')

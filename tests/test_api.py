@@ -176,6 +176,17 @@ def test_without_keys_only_this_machine_is_answered(home, tmp_path):
     assert told.returncode == 2 and 'API keys are needed' in told.stderr
 
 
+def test_web_pages_may_call_only_from_the_origins_that_were_named(home, tmp_path, desk):
+    asked = {'Origin': 'https://desk.example', 'Access_Control_Request_Method': 'POST', 'Access_Control_Request_Headers': 'authorization'}
+    assert 'access-control-allow-origin' not in desk.ask('OPTIONS', '/predict', **asked).headers
+    with service(tmp_path / 'serving', home / 'champion.json', cors_origins='https://desk.example', api_keys=keys_text()) as found:
+        client = found.client(KEYS['desk'])
+        told = client.ask('OPTIONS', '/predict', **asked)
+        assert told.status == 200 and told.headers['access-control-allow-origin'] == 'https://desk.example'
+        assert client.post('/predict', ROWS[0], Origin='https://desk.example').headers['access-control-allow-origin'] == 'https://desk.example'
+        assert 'access-control-allow-origin' not in client.post('/predict', ROWS[0], Origin='https://evil.example').headers
+
+
 def test_secrets_and_applicants_are_in_no_log(running, desk, ana):
     desk.post('/predict', {'amount': 'Jane Doe 4711'})
     desk.get('/decisions?applicant=A000001')

@@ -65,7 +65,7 @@ def read_filters(
         raise RiskError('Cannot select decisions by:', problems)
     return Filters(**found)
 
-# %% ../nbs/14_decisions.ipynb #01c4302f
+# %% ../nbs/14_decisions.ipynb #7402f276
 def _filter(name:str, text:str)->Any:
     "The value of one filter; ValueError says what was expected."
     if name in ('from', 'to'):
@@ -75,11 +75,11 @@ def _filter(name:str, text:str)->Any:
             raise ValueError(f'expected {" or ".join(_CHOICES[name])}, got {text[:40]!r}.{suggest(text, _CHOICES[name])}')
         return text == 'true' if name == 'reviewed' else text
     if name in ('min_pd', 'max_pd'):
-        if not re.fullmatch(r'[0-9]*\.?[0-9]+([eE]-?[0-9]+)?', text) or not 0 <= float(text) <= 1:
+        if not re.fullmatch(r'([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE]-?[0-9]+)?', text) or not 0 <= float(text) <= 1:
             raise ValueError(f'expected a probability from 0 to 1, got {text[:40]!r}.')
         return float(text)
-    if not text or len(text) > 200 or not text.isprintable():
-        raise ValueError('expected a text of 1 to 200 printable characters.')
+    if not re.fullmatch('[^\0-\x1f\x7f\ud800-\udfff]{1,200}', text):
+        raise ValueError('expected a text of 1 to 200 characters that can be printed.')
     return text
 
 # %% ../nbs/14_decisions.ipynb #650e8ba5

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['TIMES', 'SCORES', 'Meters', 'flush', 'show_model', 'metrics_page', 'observer', 'prepare_folder']
 
-# %% ../nbs/15_meters.ipynb #04d444d3
+# %% ../nbs/15_meters.ipynb #c990a89a
 import os
+import threading
 import time
 from bisect import bisect_left
 from collections import Counter as Tally
@@ -17,7 +18,7 @@ from typing import Any
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
 
-# %% ../nbs/15_meters.ipynb #5b78de21
+# %% ../nbs/15_meters.ipynb #1349ced6
 TIMES = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
 SCORES = tuple(float(s) for s in range(400, 801, 20))
 _EVERY = 1.0 # seconds
@@ -38,12 +39,11 @@ class _Buckets:
 
     def flush(self) -> None:
         "Hands the counts over, as so many calls of `observe` would have done."
-        if any(self.counts):
-            for bucket, n in zip(self.child._buckets, self.counts, strict=True):  # no public call takes more than one value
-                if n:
-                    bucket.inc(n)
-            self.child._sum.inc(self.total)
-            self.counts, self.total = [0] * (len(self.bounds) + 1), 0.0
+        counts, total, self.counts, self.total = self.counts, self.total, [0] * (len(self.bounds) + 1), 0.0
+        for bucket, n in zip(self.child._buckets, counts, strict=True):  # no public call takes more than one value
+            if n:
+                bucket.inc(n)
+        self.child._sum.inc(total)
 
 # %% ../nbs/15_meters.ipynb #16f5ea17
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = { # name: what it counts, labels
@@ -64,7 +64,7 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], str]] = { # name: what it shows, 
     'model': ('1 for the model that answers', ('role', 'model_version', 'policy_version'), 'livemax'),
 }
 
-# %% ../nbs/15_meters.ipynb #be51f1f3
+# %% ../nbs/15_meters.ipynb #42e04707
 class Meters:
     "The service's counters; call it from the event loop only."
 
@@ -80,7 +80,7 @@ class Meters:
         self.by_path: dict[str, _Buckets] = {}
         self.known: dict[str, set[tuple[str, ...]]] = {n: set() for n in _COUNTERS}
         self.shown: dict[str, tuple[str, ...]] = {}
-        self.due = 0.0
+        self.due, self.lock = 0.0, threading.Lock()
         if not _folder():
             ProcessCollector(registry=self.registry)
 
@@ -124,20 +124,21 @@ def _known(meters:Meters, name:str, labels:tuple[str, ...])->tuple[str, ...]:
     known.add(labels)
     return labels
 
-# %% ../nbs/15_meters.ipynb #73172aa0
+# %% ../nbs/15_meters.ipynb #86caa59d
 def flush(
     meters:Meters, # to hand over
 )->None:
     "Hands what was counted to Prometheus; call it now and then, so that a worker that rests is up to date."
-    for (path, status), n in meters.answers.items():
-        meters.counters['requests'].labels(path, str(status)).inc(n)
-    meters.answers.clear()
-    for name, tally in meters.tally.items():
-        for labels, n in tally.items():
-            meters.counters[name].labels(*_known(meters, name, labels)).inc(n)
-        tally.clear()
-    for buckets in (*meters.by_path.values(), meters.scores):
-        buckets.flush()
+    with meters.lock:
+        answers, meters.answers = meters.answers, Tally()
+        for (path, status), n in list(answers.items()):
+            meters.counters['requests'].labels(path, str(status)).inc(n)
+        for name in _COUNTERS:
+            tally, meters.tally[name] = meters.tally[name], Tally()
+            for labels, n in list(tally.items()):
+                meters.counters[name].labels(*_known(meters, name, labels)).inc(n)
+        for buckets in (*list(meters.by_path.values()), meters.scores):
+            buckets.flush()
 
 # %% ../nbs/15_meters.ipynb #c3ffc20c
 def show_model(

@@ -191,6 +191,14 @@ def test_a_row_that_was_put_in_is_found_and_its_neighbours_are_not_blamed(log, s
     assert kinds == {70: {('gap', 70)}}.get(seq, {('changed', seq)}), kinds
 
 
+@pytest.mark.parametrize('seq', [1, 4, 6])
+def test_an_audit_row_put_in_beside_a_decision_is_found_and_the_decision_is_not_blamed(log, seq):
+    log.tamper(f"INSERT INTO audit (writer, seq, at, actor, event, subject, content, mac) SELECT writer, {seq}, at, actor, event, subject, content, mac "
+               "FROM audit WHERE writer = 'v' AND seq = 3")
+    assert {(f.kind, f.seq, f.request_id) for f in log.verify().findings if f.kind == 'changed'} == {('changed', seq, None)}
+    assert len([f for f in log.verify().findings if f.kind == 'changed']) == 1
+
+
 def test_a_row_behind_a_gap_is_still_held_against_what_others_have_seen(log):
     log.tamper("DELETE FROM audit WHERE writer = 'v' AND seq = 5", "UPDATE decisions SET mac = 'ab' WHERE writer = 'v' AND seq = 6")
     assert log.found() == [('gap', 'v', 6), ('rewritten', 'v', 6), ('rewritten', 'v', 6)][:len(log.found())]

@@ -419,10 +419,11 @@ def _column_dict(column:Column)->dict[str, Any]:
     default = asdict(Column('', kind='', role=''))
     return {k: list(v) if isinstance(v, tuple) else v for k, v in asdict(column).items() if k != 'name' and v != default[k]}
 
-# %% ../nbs/01_contract.ipynb #c4120ab8
+# %% ../nbs/01_contract.ipynb #af9ee581
 def _column_violations(contract:Contract, given:Any, need_target:bool)->list[Violation]:
     "Columns that are unknown, and columns that are required and missing; what is known later, or never used, is not required."
-    found = [Violation(str(n), 'unknown', 'hard', 1, expected=suggest(n, contract.columns)) for n in given if n not in contract.columns]
+    unknown = [n for n in given if n not in contract.columns]
+    found = [Violation(str(n), 'unknown', 'hard', 1, expected=suggest(n, contract.columns) if i < ROWS_NAMED else '') for i, n in enumerate(unknown)]
     for column in contract.columns.values():
         required = need_target if column.role == 'target' else column.required
         if required and column.name not in given:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Entry', 'Answer', 'KeyReused', 'StopChanged', 'Overloaded', 'StateMoved', 'Journal']
 
-# %% ../nbs/13_journal.ipynb #f169ca4a
+# %% ../nbs/13_journal.ipynb #68d04b0d
 import asyncio
 import fcntl
 import json
@@ -22,7 +22,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from .chain import Anchor, digest_content, genesis, link, new_id, now, read_anchors
+from .chain import Anchor, Head, digest_content, genesis, link, new_id, now, read_anchors
 from .core import RiskError, canonical_json
 from .store import AUDIT_FIELDS, DECISION_FIELDS, Store, StoreUnavailable
 
@@ -128,7 +128,7 @@ class _Turns:
         os.close(self.next)
         os.close(self.turn)
 
-# %% ../nbs/13_journal.ipynb #4954fa96
+# %% ../nbs/13_journal.ipynb #c157ac24
 _STATES = 'SELECT name, value, version FROM state ORDER BY name'
 
 
@@ -138,9 +138,7 @@ class _Book:
     def __init__(self, store: Store, key: bytes, anchors: str | Path):
         self.store, self.key, self.writer, self.started_at = store, key, new_id(), now()
         self.mark = '?' if store.path else '%s'
-        heads = read_anchors(anchors, key)[0]
-        self.genesis = genesis(key, self.writer, self.started_at, heads)
-        self.heads = canonical_json({name: [h.seq, h.mac] for name, h in heads.items()})
+        self.anchored, self.genesis = read_anchors(anchors, key)[0], ''  # it is known when the chain is registered
         self.anchor = Anchor(anchors, key, self.writer)
         self.turns = _Turns(store.path) if store.path else None
         self.connection: Any = None
@@ -250,12 +248,25 @@ def _close_book(book:_Book)->None:
     if book.turns:
         book.turns.close()
 
-# %% ../nbs/13_journal.ipynb #b3a3f744
+# %% ../nbs/13_journal.ipynb #9369ecdf
+def _unnamed(book:_Book)->dict[str, Head]:
+    "Heads of other chains that no earlier chain has named as they are now; to name all again would grow with the square of the starts."
+    named = set()
+    for writer, started_at, stated, text in book.execute('SELECT writer, started_at, genesis, heads FROM chains').fetchall():
+        with suppress(ValueError, TypeError, AttributeError):
+            heads = {name: Head(name, int(seq), str(mac)) for name, (seq, mac) in json.loads(text).items()}
+            if genesis(book.key, writer, started_at, heads) == stated:  # a record that somebody made up hides nothing
+                named.update(heads.values())
+    return {name: head for name, head in book.anchored.items() if head not in named}
+
+# %% ../nbs/13_journal.ipynb #c01923f8
 def _open_book(book:_Book)->None:
     "Registers the writer's chain."
     try:
         book.execute('BEGIN' if book.store.path is None else 'BEGIN IMMEDIATE')
-        book.insert('chains', [book.writer, book.started_at, book.genesis, book.heads])
+        heads = _unnamed(book)
+        book.genesis = book.mac = genesis(book.key, book.writer, book.started_at, heads)
+        book.insert('chains', [book.writer, book.started_at, book.genesis, canonical_json({name: [h.seq, h.mac] for name, h in heads.items()})])
         book.execute("INSERT INTO state (name, value, version, changed_at, changed_by) VALUES ('stop', '{\"stopped\":false}', 0, "
                      f"{book.mark}, 'service') ON CONFLICT (name) DO NOTHING", (book.started_at,))
         book.execute('COMMIT')

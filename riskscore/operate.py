@@ -102,10 +102,11 @@ def _replayed(
     lines += [f'  - {d.request_id}: {d.name} was {d.stored}, now {d.computed}' for d in result.differences[:20]]
     return lines + [f'  - {n:,} decisions not computed: {why}' for why, n in result.missing.items()]
 
-# %% ../nbs/50_operate.ipynb #0ce74b5e
+# %% ../nbs/50_operate.ipynb #9ef8228c
 @click.command(short_help='Remove the personal data of an applicant.', epilog='Example: riskscore erase 100234 --reason "request of 12 May"')
 @click.argument('applicant')
 @click.option('--reason', required=True, help='Why; it stays on the audit trail, so it must not name the applicant.')
+@click.option('--keep-file', is_flag=True, help='Do not write the database anew: quicker, and bytes may be left in it until it is.')
 @click.option('--actor', default=lambda: os.environ.get('USER', 'operator'), show_default='your user name', help='Who erases.')
 @_FOLDER
 @_STORE
@@ -114,6 +115,7 @@ def erase(
     ctx:click.Context, # to end with an exit code
     applicant:str, # as applications name them
     reason:str, # why
+    keep_file:bool, # leave the file as it is?
     actor:str, # who
     folder:str|None, # of the service
     store:str|None, # database URL
@@ -125,7 +127,7 @@ def erase(
 
     settings = _settings(folder=folder, store=store)
     key = ledger_key(settings.ledger_key or '', settings.ledger_key_file)
-    done = erase_offline(open_store(settings.store), key, settings.anchors, applicant, actor, reason)
+    done = erase_offline(open_store(settings.store), key, settings.anchors, applicant, actor, reason, not keep_file)
     click.echo(f'Erased {len(done.request_ids):,} applications of this applicant.' + (f' {done.left}' if done.left else ''))
     ctx.exit(1 if done.left else 0)
 

@@ -6,10 +6,11 @@
 __all__ = ['STALE', 'stop_state', 'set_stop', 'propose_policy', 'proposed_policy', 'approve_policy', 'health', 'window_of',
            'drift_status', 'shadow_summary']
 
-# %% ../nbs/17_operations.ipynb #525ba09f
+# %% ../nbs/17_operations.ipynb #4ebfc81c
 import os
 import shutil
 import time
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from .chain import now
 from .champion import Slot
 from .core import RiskError
 from .decisions import window_counts
-from .journal import Journal
+from .journal import Journal, StateMoved
 from .policy import Policy, policy_from_dict
 from .problems import problem
 from .store import Store
@@ -35,7 +36,7 @@ def stop_state(
     value, _ = journal.state('stop') or ({}, 0)
     return {'stopped': bool(value.get('stopped')), 'reason': value.get('reason', ''), 'by': value.get('by', ''), 'at': value.get('at')}
 
-# %% ../nbs/17_operations.ipynb #8cd46a64
+# %% ../nbs/17_operations.ipynb #dbe6a61c
 async def set_stop(
     journal:Journal, # of a worker
     actor:str, # whose key was used; `monitor` for the monitor
@@ -43,13 +44,21 @@ async def set_stop(
     stopped:bool, # stop, or go on
 )->dict[str, Any]: # the new state, with `changed`: false when it was so already
     "Stops automated decisions, or lets them go on."
-    current = stop_state(journal)
-    if current['stopped'] == stopped:
-        return current | {'changed': False}
-    state = {'stopped': stopped, 'reason': reason, 'by': actor, 'at': now()}
-    version = (journal.state('stop') or ({}, 0))[1]
-    await journal.note(actor, 'stopped' if stopped else 'resumed', 'service', {'reason': reason}, ('stop', state, version))
-    return state | {'changed': True}
+    event = 'stopped' if stopped else 'resumed'
+    for _ in range(_TRIES):
+        state = {'stopped': stopped, 'reason': reason, 'by': actor, 'at': now()}
+        version = (journal.state('stop') or ({}, 0))[1]
+        with suppress(StateMoved):  # another worker was first, and now we have seen it
+            if stop_state(journal)['stopped'] != stopped:
+                await journal.note(actor, event, 'service', {'reason': reason}, ('stop', state, version))
+                return state | {'changed': True}
+            await journal.note(actor, f'{event}_again', 'service', {'reason': reason})  # its transaction reads the state
+            if (current := stop_state(journal))['stopped'] == stopped:
+                return current | {'changed': False}
+    raise StateMoved('The emergency stop changes faster than it can be set. Look who else changes it, and ask again.')
+
+
+_TRIES = 8
 
 # %% ../nbs/17_operations.ipynb #e50009ff
 async def propose_policy(

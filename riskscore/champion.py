@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'Change', 'Slot']
 
-# %% ../nbs/16_champion.ipynb #ccd616d3
+# %% ../nbs/16_champion.ipynb #8672cdf2
 import logging
 import os
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ class Change:
     before: str  # the version before; '' for none
     message: str = ''  # why it was refused
 
-# %% ../nbs/16_champion.ipynb #4b675df5
+# %% ../nbs/16_champion.ipynb #9f1aad73
 class Slot:
     "One place for a model, filled from a pointer."
 
@@ -51,12 +52,17 @@ class Slot:
         self.role, self.path, self.problem = role, path, ''
         self.model: FastScorer | None = None
         self._seen: tuple[int, ...] | None = None
+        self._lock = threading.Lock()
 
     def refresh(
         self,
         again: bool = False,  # also when the pointer looks the same
     ) -> Change | None:  # None when nothing is new
         "Looks at the pointer and loads what it names; takes as long as loading does."
+        with self._lock:  # of two looks at the same time the slower must not put its older model in place
+            return self._look(again)
+
+    def _look(self, again: bool) -> Change | None:
         found = _signature(self.path)
         if found == self._seen and found is not None and not again:
             return None

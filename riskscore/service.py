@@ -6,7 +6,7 @@
 __all__ = ['log', 'PURPOSES', 'RETRY_STORE', 'WATCH', 'Outcome', 'Work', 'entry_of', 'refused_counts', 'problem_of', 'Service',
            'predict', 'predict_block']
 
-# %% ../nbs/17_service.ipynb #932cdbf7
+# %% ../nbs/17_service.ipynb #700249f6
 import asyncio
 import logging
 from collections import deque
@@ -22,7 +22,7 @@ from .core import RiskError
 from .fast import Application, FastScorer, Refused
 from .journal import Answer, Entry, Journal, KeyReused, Overloaded, StateMoved, StopChanged
 from .keys import parse_keys
-from .meters import Meters, show_model
+from .meters import Meters, flush, show_model
 from .problems import Problem, problem, refusal
 from .settings import Settings, keys_text
 from .store import Store, StoreUnavailable, open_store
@@ -97,7 +97,7 @@ def problem_of(
         return problem('store', 'Nothing was decided and nothing was stored. Try again with the same idempotency key.', retry_after=RETRY_STORE, **more)
     raise error
 
-# %% ../nbs/17_service.ipynb #5c86601f
+# %% ../nbs/17_service.ipynb #f1bb43b7
 WATCH = 1.0  # seconds between looks at the pointers
 _SHADOW = 1024  # applications that wait for the challenger at most
 
@@ -119,6 +119,7 @@ class _Parts:
         self.challenger = Slot('challenger', settings.challenger) if settings.challenger and settings.shadow else None
         self.started_at, self.ready, self.shadow_scored, self.shadow_dropped = now(), False, 0, 0
         self.waiting_shadow: deque[tuple[str, str]] = deque()
+        self.unrecorded: deque[Change] = deque()
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -133,7 +134,7 @@ class _Parts:
         "Places for models."
         return [slot for slot in (self.champion, self.challenger) if slot]
 
-# %% ../nbs/17_service.ipynb #fb782b6c
+# %% ../nbs/17_service.ipynb #a99a5347
 class Service(_Parts):
     "One worker of the scoring service."
 
@@ -167,13 +168,21 @@ class Service(_Parts):
     async def _record(self, changes: list[Change]) -> None:
         for change in changes:
             show_model(self.meters, change.role, change.version, change.policy_version)
-            await self.journal.note('service', change.event, change.version or change.role, asdict(change))
+        self.unrecorded += changes
+        while self.unrecorded:  # what the store does not take now is recorded after a later look
+            change = self.unrecorded.popleft()
+            try:
+                await self.journal.note('service', change.event, change.version or change.role, asdict(change))
+            except StoreUnavailable:
+                self.unrecorded.appendleft(change)
+                raise
 
-# %% ../nbs/17_service.ipynb #f0db131d
+# %% ../nbs/17_service.ipynb #80ba852a
 async def _watch(service:Service)->None:
     "Looks at the pointers until the service ends; a fault is logged and the next look comes."
     while True:
         await asyncio.sleep(WATCH)
+        flush(service.meters)  # a worker that rests tells the others what it has counted
         try:
             await service.refresh()
         except Exception:

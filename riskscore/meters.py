@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['TIMES', 'SCORES', 'Meters', 'flush', 'show_model', 'metrics_page', 'observer', 'prepare_folder']
 
-# %% ../nbs/15_meters.ipynb #c990a89a
+# %% ../nbs/15_meters.ipynb #45448792
 import os
 import threading
 import time
@@ -17,6 +17,8 @@ from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector, mark_process_dead
+
+from .core import RiskError
 
 # %% ../nbs/15_meters.ipynb #1349ced6
 TIMES = (0.0005, 0.001, 0.0015, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0)
@@ -64,11 +66,12 @@ _GAUGES: dict[str, tuple[str, tuple[str, ...], str]] = { # name: what it shows, 
     'model': ('1 for the model that answers', ('role', 'model_version', 'policy_version'), 'livemax'),
 }
 
-# %% ../nbs/15_meters.ipynb #42e04707
+# %% ../nbs/15_meters.ipynb #a22455ec
 class Meters:
     "The service's counters; call it from the event loop only."
 
     def __init__(self) -> None:
+        _reserve(_folder())
         self.registry = CollectorRegistry()
         self.counters = {n: Counter(f'riskscore_{n}', text, labels, registry=self.registry) for n, (text, labels) in _COUNTERS.items()}
         self.gauges = {n: Gauge(f'riskscore_{n}', text, labels, registry=self.registry, multiprocess_mode=mode)  # type: ignore[arg-type]
@@ -111,6 +114,19 @@ class Meters:
 def _folder()->str:
     "Where several workers share their counters; empty when there is one."
     return os.environ.get('PROMETHEUS_MULTIPROC_DIR', '')
+
+# %% ../nbs/15_meters.ipynb #038849e7
+_ROOM = 1 << 19 # bytes
+
+
+def _reserve(folder:str)->None:
+    "Takes room on the disk for the counters of this process; nothing without a folder."
+    for kind in {'counter', 'histogram', *(f'gauge_{mode}' for *_, mode in _GAUGES.values())} if folder else ():
+        try:
+            with open(Path(folder) / f'{kind}_{os.getpid()}.db', 'ab') as file:
+                file.write(bytes(max(0, _ROOM - file.tell())))
+        except OSError as error:
+            raise RiskError(f'There is no room for the counters in {folder}: {error}. Free some, {_ROOM * 5:,} bytes for each worker.') from error
 
 # %% ../nbs/15_meters.ipynb #4949428d
 _MOST_LABELS = 500

@@ -79,7 +79,7 @@ class Running(NamedTuple):
 
     def kill(self) -> None:
         "Ends everything at once, without a chance to finish."
-        for pid in [*self.workers(), self.process.pid]:
+        for pid in [self.process.pid, *self.workers()]:  # the supervisor first: it would start others
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

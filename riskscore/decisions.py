@@ -65,7 +65,7 @@ def read_filters(
         raise RiskError('Cannot select decisions by:', problems)
     return Filters(**found)
 
-# %% ../nbs/14_decisions.ipynb #7402f276
+# %% ../nbs/14_decisions.ipynb #420c1597
 def _filter(name:str, text:str)->Any:
     "The value of one filter; ValueError says what was expected."
     if name in ('from', 'to'):
@@ -78,8 +78,8 @@ def _filter(name:str, text:str)->Any:
         if not re.fullmatch(r'([0-9]+(\.[0-9]+)?|\.[0-9]+)([eE]-?[0-9]+)?', text) or not 0 <= float(text) <= 1:
             raise ValueError(f'expected a probability from 0 to 1, got {text[:40]!r}.')
         return float(text)
-    if not re.fullmatch('[^\0-\x1f\x7f\ud800-\udfff]{1,200}', text):
-        raise ValueError('expected a text of 1 to 200 characters that can be printed.')
+    if not re.fullmatch('[^\0-\x1f\x7f\ud800-\udfff]{1,400}', text):
+        raise ValueError('expected a text of 1 to 400 characters that can be printed.')
     return text
 
 # %% ../nbs/14_decisions.ipynb #650e8ba5

@@ -5,8 +5,9 @@
 # %% auto #0
 __all__ = ['Application', 'Refused', 'Reader', 'Answer', 'completeness', 'FastScorer']
 
-# %% ../nbs/11_fast.ipynb #9c9cb1ee
+# %% ../nbs/11_fast.ipynb #67d75104
 import json
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
@@ -80,7 +81,7 @@ def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
     decode = msgspec.json.Decoder(shape).decode
     return lambda body: msgspec.structs.astuple(decode(body))
 
-# %% ../nbs/11_fast.ipynb #387e919b
+# %% ../nbs/11_fast.ipynb #5b4e2953
 class Reader:
     "Reads the applications of one contract."
 
@@ -118,23 +119,33 @@ class Reader:
     ) -> Application:  # ready to score
         "Holds an application that is no JSON any more against the contract; raises Refused."
         typed, violations = check_record(self.contract, raw)
-        hard = [v for v in violations if v.severity == 'hard']
+        hard = [v for v in violations if v.severity == 'hard'] + _unnamed(self.contract, raw)
         if hard:
             raise Refused('The application does not fit the contract.', hard)
         applicant = _named(raw.get(self.contract.id.name)) if self.contract.id else None
         return Application(typed, [(v.column, v.rule) for v in violations], _missing(self, typed), applicant)
 
-# %% ../nbs/11_fast.ipynb #540bd554
+# %% ../nbs/11_fast.ipynb #211dfc6a
 def _named(raw:Any)->str|None:
     "An id as text; None where there is none."
     return None if _is_null(raw) else _text(raw)
+
+
+_NAME = re.compile('[^\0-\x1f\x7f]{1,400}')  # what every database keeps in an index, and an address can ask for
+
+# %% ../nbs/11_fast.ipynb #e26394a0
+def _unnamed(contract:Contract, raw:Mapping[str, Any])->list[Violation]:
+    "What is wrong with an id that is text."
+    if contract.id is None or not isinstance(text := raw.get(contract.id.name), str) or not text or _NAME.fullmatch(text):
+        return []
+    return [Violation(contract.id.name, 'type', 'hard', 1, expected='up to 400 characters that can be printed')]
 
 # %% ../nbs/11_fast.ipynb #732dcc86
 def _missing(reader:Reader, typed:Mapping[str, Any])->list[str]:
     "Features without a value."
     return [name for name in reader.features if (value := typed[name]) is None or value != value]
 
-# %% ../nbs/11_fast.ipynb #52c487d9
+# %% ../nbs/11_fast.ipynb #53cf5c96
 def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     "What the decoder gave, read; None where the contract refuses something."
     typed = list(values)
@@ -155,8 +166,11 @@ def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     for i in reader.required:
         if (x := typed[i]) is None or x != x:
             return None
+    applicant = None if reader.id is None else _named(values[reader.id])
+    if applicant and not _NAME.fullmatch(applicant):
+        return None
     named = dict(zip(reader.names, typed, strict=True))
-    return Application(named, flags, _missing(reader, named), None if reader.id is None else _named(values[reader.id]))
+    return Application(named, flags, _missing(reader, named), applicant)
 
 
 _LOOK = object()

@@ -108,7 +108,7 @@ def _any_text()->dict[str, Any]:
     "What is read as the level of an open category."
     return {'type': ['string', 'number', 'boolean'], 'minLength': 1, 'minimum': -_LARGEST, 'maximum': _LARGEST}
 
-# %% ../nbs/17_openapi.ipynb #a03b5d59
+# %% ../nbs/17_openapi.ipynb #64382848
 def column_schema(
     column:Column, # of a contract
 )->dict[str, Any]: # JSON schema (2020-12) of its raw values
@@ -119,6 +119,8 @@ def column_schema(
         candidates = [*column.levels, *_as_numbers(column.levels), True, False, 'True', 'False', *missing]
         return {'description': _meaning(column), 'enum': [v for v in _distinct(candidates) if _accepts(column, v)]}
     options = [_any_text()] if column.kind in ('category', 'flag') or column.role == 'target' else _numbers(column)
+    if column.role == 'id':
+        options = [{**option, 'pattern': '^[^\\u0000-\\u001f\\u007f]{1,400}$'} if 'minLength' in option else option for option in options]
     taken, barred = [v for v in missing if _accepts(column, v)], [v for v in missing if not _accepts(column, v)]
     options += [{'enum': taken}] if taken else []
     found = options[0] if len(options) == 1 else {'anyOf': options}

@@ -87,8 +87,8 @@ def problem(
     status, title = PROBLEMS[kind]
     return Problem(status, title, detail, f'/problems/{kind}', errors, retry_after, headers, **more)
 
-# %% ../nbs/10_problems.ipynb #7b12666d
-ERRORS_SHOWN = 500
+# %% ../nbs/10_problems.ipynb #61de655b
+ERRORS_SHOWN, _NAME_SHOWN, _MESSAGE_SHOWN = 500, 200, 1000 # names that somebody made up may be long
 
 
 def refusal(
@@ -97,8 +97,8 @@ def refusal(
 )->Problem: # 422, with one entry in `errors` per violation: column, rule, message
     "The answer to an application that breaks a hard rule."
     hard = [v for v in violations if v.severity == 'hard']
-    names = listing(list(dict.fromkeys(v.column for v in hard)))
-    errors = [{'column': v.column, 'rule': v.rule, 'message': v.message} for v in hard[:ERRORS_SHOWN]]
+    names = listing(list(dict.fromkeys(v.column[:_NAME_SHOWN] for v in hard)))
+    errors = [{'column': v.column[:_NAME_SHOWN], 'rule': v.rule, 'message': v.message[:_MESSAGE_SHOWN]} for v in hard[:ERRORS_SHOWN]]
     rest = f' The first {ERRORS_SHOWN} of {len(hard):,} are listed.' if len(hard) > ERRORS_SHOWN else ''
     return problem('application', f'Not scored: correct {names} and send it again.{rest}', errors, **more)
 

@@ -146,7 +146,7 @@ def test_filters_are_read_strictly_and_all_that_is_wrong_is_said():
     asked = {'from': '2026-03-01', 'to': '2026-03-01', 'decision': 'refer', 'reviewed': 'true', 'min_pd': '0.1', 'max_pd': '1e-3', 'applicant': 'Zoé'}
     assert read_filters(asked) == Filters('2026-03-01T00:00:00.000000Z', '2026-03-02T00:00:00.000000Z', 'refer', applicant='Zoé', reviewed=True, min_pd=0.1,
                                           max_pd=0.001)
-    wrong = {'from': 'yesterday', 'decision': 'maybe', 'status': '', 'reviewed': '1', 'min_pd': '-1', 'max_pd': 'inf', 'applicant': 'a\0b', 'batch': 'x' * 201,
+    wrong = {'from': 'yesterday', 'decision': 'maybe', 'status': '', 'reviewed': '1', 'min_pd': '-1', 'max_pd': 'inf', 'applicant': 'a\0b', 'batch': 'x' * 401,
              'pd': '1', 'to': '9999-12-31'}
     with pytest.raises(RiskError) as caught:
         read_filters(wrong)

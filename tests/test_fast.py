@@ -19,11 +19,18 @@ ODD = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(ma
                 st.dictionaries(st.text(max_size=2), st.none(), max_size=2), st.sampled_from(['', 'NaN', '0', '1', 0, 1, 1.0, -0.0, 1e308, 10**400, 2**63]))
 
 
+def unnamed(contract: Contract, record: dict) -> list[tuple[str, str]]:
+    "An id that could not be asked for in an address."
+    name = contract.id and contract.id.name
+    text = record.get(name)
+    return [(name, 'type')] if isinstance(text, str) and (len(text) > 400 or any(ord(c) < 32 or ord(c) == 127 for c in text)) else []
+
+
 def read_both(reader: Reader, record: dict) -> Application | None:
     "Reads a record as bytes and holds the result against check_record; None where both refuse."
     body = json.dumps(record).encode()
     typed, violations = check_record(reader.contract, json.loads(body, parse_constant=lambda _: object()))
-    hard = [(v.column, v.rule) for v in violations if v.severity == 'hard']
+    hard = [(v.column, v.rule) for v in violations if v.severity == 'hard'] + unnamed(reader.contract, record)
     try:
         found = reader.read(body)
     except Refused as refused:
@@ -93,6 +100,12 @@ def test_what_is_no_application_is_refused_with_one_sentence(body):
     with pytest.raises(Refused) as refused:
         Reader(small_contract()).read(body)
     assert refused.value.violations == [] and refused.value.message.endswith(('.', '?')) and len(refused.value.message) < 300
+
+
+@pytest.mark.parametrize(('name', 'taken'), [('A 1', True), ('Zoé\u00a0B', True), ('a' * 400, True), ('a' * 401, False), ('a\0', False), ('\x1f', False),
+                                           (10**300, True), ('', True)])
+def test_an_applicant_has_a_name_that_can_be_stored_and_asked_for(name, taken):
+    assert (read_both(Reader(small_contract()), {'amount': 500, 'app': name}) is not None) == taken
 
 
 def test_the_fast_road_is_taken_by_what_is_usual(monkeypatch):

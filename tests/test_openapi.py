@@ -15,7 +15,7 @@ from small_bundle import small_contract
 
 from riskscore.contract import check_record, load_contract, parse_contract
 from riskscore.core import RiskError
-from riskscore.fast import Reader, Refused
+from riskscore.fast import Reader, Refused, _unnamed
 from riskscore.openapi import application_schema, column_schema, describe, examples, schemas
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -45,7 +45,13 @@ def raw_values(column):
 
 
 def refused(contract, record) -> bool:
-    return any(v.severity == 'hard' for v in check_record(contract, record)[1])
+    return any(v.severity == 'hard' for v in check_record(contract, record)[1]) or bool(_unnamed(contract, record))
+
+
+def wrong_with(contract, column, value) -> list:
+    "The hard rules that a value of one column breaks."
+    record = {column.name: value}
+    return [v for v in check_record(contract, record)[1] if v.column == column.name and v.severity == 'hard'] + _unnamed(contract, record)
 
 
 def is_other_spelling(column, value) -> bool:
@@ -80,7 +86,7 @@ def test_each_odd_value_of_each_column(name):
         validator = jsonschema.Draft202012Validator(column_schema(column))
         for value in ODD + list(column.levels) + list(column.special):
             if not is_other_spelling(column, value) or not _reads(column, value):
-                hard = [v for v in check_record(contract, {column.name: value})[1] if v.column == column.name and v.severity == 'hard']
+                hard = wrong_with(contract, column, value)
                 assert validator.is_valid(value) == (not hard), (column, value)
 
 
@@ -103,7 +109,7 @@ def test_contracts_that_nobody_has_seen(content, data):
         value = data.draw(raw_values(column))
         if is_other_spelling(column, value):
             continue
-        hard = [v for v in check_record(contract, {column.name: value})[1] if v.column == column.name and v.severity == 'hard']
+        hard = wrong_with(contract, column, value)
         assert jsonschema.Draft202012Validator(column_schema(column)).is_valid(value) == (not hard), (column, value)
 
 

@@ -217,19 +217,19 @@ def csv_layout(
     commas, points = (sum(bool(re.fullmatch(p, f)) for f in fields) for p in (r'[+-]?\d+,\d+', r'[+-]?\d+\.\d+'))
     return Layout(names, delimiter, commas > 0 and points == 0)
 
-# %% ../nbs/15_bulk.ipynb #cb1ee500
+# %% ../nbs/15_bulk.ipynb #4b7f7e47
 def _check_header(names:Sequence[str], contract:Contract)->None:
     "A header must name every column, each once, and only those of the contract."
     if not names:
         raise RiskError('The upload is empty. Expected a header line with column names and one line for each application.')
     problems = [f'column {i} has no name (a row index that was written along?)' for i, name in enumerate(names, 1) if not name]
-    problems += [f'two columns are called {name[:80]}' for name in sorted({n for n in names if n and names.count(n) > 1})]
+    problems += [f'two columns are called {name[:80]}' for name, count in sorted(Counter(filter(None, names)).items()) if count > 1]
     problems += [v.message for v in _column_violations(contract, dict.fromkeys(filter(None, names)), False)]
     if problems:
         raise RiskError(f'The header of the upload does not fit the contract {contract.name}; nothing of it was read:', problems[:200])
 
-# %% ../nbs/15_bulk.ipynb #b5605912
-_NUMBER = re.compile(r'\s*([+-]?)([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?\s*')
+# %% ../nbs/15_bulk.ipynb #c3e85fa7
+_NUMBER = re.compile(r'\s*+([+-]?)([0-9]++(?:\.[0-9]*+)?|\.[0-9]++)([eE][+-]?[0-9]++)?\s*+')  # gives nothing back: many digits and a letter would take for ever
 _COMMA = re.compile(r'[ \t\n\f\r]*([+-]?[0-9]+),([0-9]+)[ \t\n\f\r]*')
 _EXACT = 15  # digits of a whole number that a float holds exactly
 

@@ -324,12 +324,12 @@ def _table(rows:Sequence[Mapping[str, Any]])->str:
     table.writerows(rows)
     return text.getvalue()
 
-# %% ../nbs/17_openapi.ipynb #69e47cfb
+# %% ../nbs/17_openapi.ipynb #d01e1436
 def _header_pattern(contract:Contract)->str:
     "CSV that begins with the required columns; others, and another order, are taken as well, and rows that do not fit are set aside."
     text = io.StringIO()
     csv.writer(text, lineterminator='').writerow([c.name for c in contract.columns.values() if c.required] or list(contract.columns)[:1])
-    return '^' + re.sub(r'([^\w ,])', r'\\\1', text.getvalue()) + r'\n'
+    return '^' + re.sub(r'([^\w ,])', r'\\\1', text.getvalue()) + r'\n[^\u0000]*$'
 
 # %% ../nbs/17_openapi.ipynb #bf4024d7
 def _complete_batch(operation:dict[str, Any], contract:Contract)->None:

@@ -6,13 +6,15 @@
 __all__ = ['log', 'PURPOSES', 'RETRY_STORE', 'WATCH', 'Outcome', 'Work', 'entry_of', 'refused_counts', 'problem_of', 'Service',
            'predict', 'predict_block']
 
-# %% ../nbs/17_service.ipynb #700249f6
+# %% ../nbs/17_service.ipynb #4e492d19
 import asyncio
 import logging
+import signal
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
+from multiprocessing import parent_process
 from typing import Any, NamedTuple
 
 from .bundle import score_one
@@ -177,12 +179,15 @@ class Service(_Parts):
                 self.unrecorded.appendleft(change)
                 raise
 
-# %% ../nbs/17_service.ipynb #80ba852a
+# %% ../nbs/17_service.ipynb #2cf67389
 async def _watch(service:Service)->None:
-    "Looks at the pointers until the service ends; a fault is logged and the next look comes."
+    "Looks at the pointers, and after the supervisor, until the service ends; a fault is logged and the next look comes."
     while True:
         await asyncio.sleep(WATCH)
         flush(service.meters)  # a worker that rests tells the others what it has counted
+        if (supervisor := parent_process()) and not supervisor.is_alive():
+            log.error('The supervisor is gone: the worker ends, so that the service can be started again.')
+            return signal.raise_signal(signal.SIGTERM)
         try:
             await service.refresh()
         except Exception:

@@ -197,7 +197,7 @@ def check_refusals(folder: Path, load: Load) -> None:
 
 @pytest.mark.parametrize('fault', [locked, full_by_limit])
 def test_a_store_that_takes_nothing_is_said_and_got_over(tmp_path, model, fault):
-    with service(tmp_path / 'serving', model, request_timeout=2) as running:
+    with service(tmp_path / 'serving', model, request_timeout=0.8) as running:
         with Load(running.port) as load:
             refuses_and_recovers(running.folder, running, fault, load)
         check_refusals(running.folder, load)
@@ -347,6 +347,31 @@ def test_a_restarted_postgresql_is_said_and_got_over(place, tmp_path, model):  #
 
 
 # ---------------------------------------------------------------- a stop of the service
+
+@pytest.mark.slow
+def test_a_supervisor_dies_and_its_workers_end(tmp_path, model):
+    with service(tmp_path / 'serving', model, workers=2) as running:
+        workers_of(running)  # both have begun
+        workers = running.workers()
+        with Load(running.port, clients=10) as load:
+            load.reach(100)
+            running.process.kill()
+            eventually(lambda: not any(Path(f'/proc/{pid}').exists() for pid in workers))  # or nobody could start the service again
+        assert len(check_log(running.folder, load.sent)['decisions']) == len(load.answered)
+    with service(tmp_path / 'serving', model, port=running.port) as again:
+        assert again.client().post('/predict', ROWS[0]).status == 200
+
+
+@pytest.mark.slow
+def test_it_ends_also_while_the_store_takes_nothing(tmp_path, model):
+    running = start(tmp_path / 'serving', model, request_timeout=1)
+    with Load(running.port) as load:
+        load.reach(50)
+        with locked(running.folder, running):
+            load.reach(5, lambda s: s.status == 503)
+            running.stop()
+    assert len(check_log(running.folder, load.sent)['decisions']) == len(load.answered)
+
 
 @pytest.mark.parametrize('workers', [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_what_was_accepted_is_answered_before_the_end(tmp_path, model, workers):

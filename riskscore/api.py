@@ -556,13 +556,13 @@ async def _on_invalid(request:Request, error:Any)->Response:
     kind = 'json' if any(e['type'] == 'json_invalid' for e in error.errors()) else 'request'
     return await _on_problem(request, problem(kind, 'The request is not as expected.', errors[:100]))
 
-# %% ../nbs/18_api.ipynb #ec6e22c4
+# %% ../nbs/18_api.ipynb #17e01a90
 async def _on_http(request:Request, error:Any)->Response:
     "An address or a method that there is not."
     kind = {404: 'not-found', 405: 'method'}.get(error.status_code)
     headers = dict(error.headers or {})
     if kind:
-        return await _on_problem(request, problem(kind, f'{request.method[:20]} {request.url.path[:200]}', headers=headers))
+        return await _on_problem(request, problem(kind, f'{request.method[:20]} {request.scope["path"][:200]}', headers=headers))
     return await _on_problem(request, Problem(error.status_code, headers=headers))
 
 # %% ../nbs/18_api.ipynb #9280eb78

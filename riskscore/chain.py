@@ -20,20 +20,25 @@ from typing import Any, NamedTuple
 
 from .core import RiskError
 
-# %% ../nbs/11_chain.ipynb #a750dcf7
+# %% ../nbs/11_chain.ipynb #bb09eaa5
 class _Clock:
     "Milliseconds in the upper 48 bits and a counter in the lower 16; it never goes back."
 
     last = 0
+    noise = ''  # random digits that were drawn and not used; drawn many at once, as each draw gives up the interpreter's lock
     lock = threading.Lock()
 
-# %% ../nbs/11_chain.ipynb #c50cf62d
+
+os.register_at_fork(after_in_child=lambda: setattr(_Clock, 'noise', ''))
+
+# %% ../nbs/11_chain.ipynb #d344c877
 def new_id()->str: # 32 hexadecimal digits
     "A name that sorts by the time it was made; within a process, strictly."
     with _Clock.lock:
         _Clock.last = max(_Clock.last + 1, time.time_ns() // 1_000_000 << 16)
-        number = _Clock.last
-    return f'{number:016x}{os.urandom(8).hex()}'
+        noise = _Clock.noise or os.urandom(1024).hex()
+        _Clock.noise = noise[16:]
+        return f'{_Clock.last:016x}{noise[:16]}'
 
 # %% ../nbs/11_chain.ipynb #050e9640
 def now()->str: # '2026-11-20T14:21:24.000123Z'

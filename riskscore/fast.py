@@ -145,12 +145,12 @@ def _missing(reader:Reader, typed:Mapping[str, Any])->list[str]:
     "Features without a value."
     return [name for name in reader.features if (value := typed[name]) is None or value != value]
 
-# %% ../nbs/11_fast.ipynb #53cf5c96
+# %% ../nbs/11_fast.ipynb #c19f75ae
 def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     "What the decoder gave, read; None where the contract refuses something."
     typed = list(values)
     typed[:reader.numbers] = [_NAN if x is None else x for x in values[:reader.numbers]]
-    odd = [i for i, low, high in reader.limits if not low <= typed[i] <= high and typed[i] == typed[i]]
+    odd = [i for x, (i, low, high) in zip(typed, reader.limits, strict=False) if x < low or x > high]  # null is neither
     odd += [i for i, codes in reader.special if typed[i] in codes and i not in odd]
     for i, known in reader.texts:
         typed[i] = known.get(values[i], _LOOK)

@@ -121,7 +121,7 @@ def _kept_levels(counts:Mapping[str, Counter], min_count:int)->dict[str, list[st
 # %% ../nbs/04_features.ipynb #8479c2db
 Distinct = tuple[npt.NDArray[Any], npt.NDArray[np.integer]]  # distinct values of a category, and the position of each row's value among them
 
-# %% ../nbs/04_features.ipynb #00ecdbff
+# %% ../nbs/04_features.ipynb #50ab50e1
 class FeaturePlan:
     "Features fitted on history: data, not code."
 
@@ -152,10 +152,17 @@ class FeaturePlan:
         typed: Mapping[str, Any],  # typed values of one application, as check_record gives them
     ) -> npt.NDArray[np.float32]:  # (features,)
         "Features of one application."
+        return _narrow(np.array(self.values(typed), dtype=np.float64) + 0.0)  # -0.0 as 0.0
+
+    def values(
+        self,
+        typed: Mapping[str, Any],  # typed values of one application
+    ) -> Sequence[float]:  # (features,) before they are rounded for a model; NaN for null
+        "What the features of one application are, in plain numbers."
         values = list(self._pick(typed))
         for place, codes, other in self._coded:
             values[place] = codes.get(values[place], other)
-        return _narrow(np.array(self._single.run(values), dtype=np.float64))
+        return self._single.run(values)
 
     def frame(
         self,

@@ -248,10 +248,10 @@ def _close_book(book:_Book)->None:
     if book.turns:
         book.turns.close()
 
-# %% ../nbs/13_journal.ipynb #9369ecdf
+# %% ../nbs/13_journal.ipynb #d4dbc5dd
 def _unnamed(book:_Book)->dict[str, Head]:
     "Heads of other chains that no earlier chain has named as they are now; to name all again would grow with the square of the starts."
-    named = set()
+    named: set[Head] = set()
     for writer, started_at, stated, text in book.execute('SELECT writer, started_at, genesis, heads FROM chains').fetchall():
         with suppress(ValueError, TypeError, AttributeError):
             heads = {name: Head(name, int(seq), str(mac)) for name, (seq, mac) in json.loads(text).items()}
@@ -520,7 +520,7 @@ class _Checkpoints(threading.Thread):
                 self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'RESTART'})").fetchone()
             self.due = False
 
-# %% ../nbs/13_journal.ipynb #5f058eb0
+# %% ../nbs/13_journal.ipynb #91d09c89
 _LOOK = 0.25  # seconds between looks at the states when nothing is written
 _BATCH = 512  # entries of one transaction, about
 
@@ -540,6 +540,7 @@ class _Running:
         self.depth, self._limit, self._loop, self._on_commit = 0, limit, loop, on_commit
         self._book, self._queue = _Book(store, key, anchors), queue.SimpleQueue[Any]()
         self._counted: deque[tuple[str, Iterable[tuple[str, str]]]] = deque()
+        self._gathered: list[tuple[list[Entry], asyncio.Future[Any]]] = []  # came in this turn of the loop
         self._thread = threading.Thread(target=_serve, args=(self,), name='riskscore-journal', daemon=True)
         self._checkpoints = _Checkpoints(store) if store.path else None
         self._open = False
@@ -611,7 +612,7 @@ class Journal(_Running):
             raise result
         return result
 
-# %% ../nbs/13_journal.ipynb #ffd6c6a1
+# %% ../nbs/13_journal.ipynb #c1b9beb2
 def _accept(journal:Journal, entries:Sequence[Entry], more:int=0)->asyncio.Future[list[Answer|Exception]]:
     "Takes entries into the queue, when there is room for them and for those that follow."
     if not journal._open:
@@ -621,8 +622,19 @@ def _accept(journal:Journal, entries:Sequence[Entry], more:int=0)->asyncio.Futur
     assert journal._loop is not None
     future = journal._loop.create_future()
     journal.depth += len(entries)
-    journal._queue.put((entries, future))
+    journal._gathered.append((list(entries), future))
+    if len(journal._gathered) == 1:
+        journal._loop.call_soon(_hand_over, journal)
     return future
+
+# %% ../nbs/13_journal.ipynb #98bf0b7e
+def _hand_over(journal:_Running)->None:
+    "Gives the thread all that came in one turn of the loop: it is woken once, and finds a larger batch."
+    items, journal._gathered = journal._gathered, []
+    if journal._open:
+        return journal._queue.put(items)
+    for entries, future in items:
+        _settle(journal, [future], [len(entries)], [StoreUnavailable('The journal is closed: the service is stopping.')] * len(entries))
 
 # %% ../nbs/13_journal.ipynb #05fa168c
 def _hour(at:str)->str:
@@ -634,7 +646,7 @@ def _storable(item:str)->str:
     "Text that every database takes: a client may have named a column that does not exist, and one bad name must not hold up the rest."
     return item.encode('utf-8', 'replace').decode().replace('\0', '?')
 
-# %% ../nbs/13_journal.ipynb #2ce72eb2
+# %% ../nbs/13_journal.ipynb #e761b551
 def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
     "What waits, up to a batch; waits a moment for the first."
     size, timeout = 0, _LOOK
@@ -643,10 +655,13 @@ def _take(waiting:'queue.SimpleQueue[Any]')->Iterator[Any]:
             item = waiting.get(timeout=timeout) if timeout else waiting.get_nowait()
         except queue.Empty:
             return
-        yield item
         if item is None:
+            yield item
             return
-        timeout, size = 0, size + (len(item[0]) if type(item[0]) is list else 1)
+        for one in item if type(item) is list else (item,):
+            yield one
+            size += len(one[0]) if type(one[0]) is list else 1
+        timeout = 0
 
 # %% ../nbs/13_journal.ipynb #aaa39637
 def _serve(journal:_Running)->None:

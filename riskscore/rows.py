@@ -56,7 +56,7 @@ def row_points(
     p = min(max(pd, _PD_LIMITS[0]), _PD_LIMITS[1])
     return round(BASE_POINTS + _SLOPE * (float(np.log((1.0 - p) / p)) - _START))
 
-# %% ../nbs/08_rows.ipynb #145ca836
+# %% ../nbs/08_rows.ipynb #b3f2ebbe
 def row_judge(
     policy:Policy, # cut-offs and rules
     pd:float, # probability of default
@@ -65,7 +65,7 @@ def row_judge(
     "The decision on one application, and the rule behind it; of equally strict rules the first is named."
     code, forced, name = (pd >= policy.approve_below) + (pd >= policy.decline_from), 0, None
     if policy.knockouts:
-        for rule, fired in zip(policy.knockouts, policy.rules.record(typed).tolist(), strict=True):
+        for rule, fired in zip(policy.knockouts, policy.rules.values(typed), strict=True):
             if fired == 1 and DECISIONS.index(rule['decision']) > forced:
                 forced, name = DECISIONS.index(rule['decision']), str(rule['name'])
     return DECISIONS[max(code, forced)], name

@@ -105,27 +105,27 @@ _RUN: dict[str, Callable[[list[float], _Steps], None]] = {
     'eq': _comparing(operator.eq), 'ne': _comparing(operator.ne),
 }
 
-# %% ../nbs/03_single.ipynb #df74c406
+# %% ../nbs/03_single.ipynb #77eb0e5f
 @dataclass(frozen=True)
 class Single:
     "Expressions compiled for one row at a time."
 
     numbers: list[float]  # constants, in the slots after the inputs
     steps: list[tuple[Callable[[list[float], _Steps], None], _Steps]]  # operation, and its nodes
-    outputs: list[int]  # slot of each result
+    pick: Callable[[list[float]], Sequence[float]]  # takes the results out of the slots
     room: list[float]  # for what is computed
 
     def run(
         self,
         inputs: list[float],  # (inputs,) finite, or NaN for null
-    ) -> list[float]:  # (outputs,) the same bits as Program.run gives for this row
+    ) -> Sequence[float]:  # (outputs,) the same bits as Program.run gives for this row; only zero may keep its sign
         "All expressions for one row."
         values = inputs + self.numbers + self.room
         for operation, nodes in self.steps:
             operation(values, nodes)
-        return [values[i] + 0.0 for i in self.outputs]
+        return self.pick(values)
 
-# %% ../nbs/03_single.ipynb #2dd3ed03
+# %% ../nbs/03_single.ipynb #94d95012
 def compile_single(
     expressions:Iterable[Expr], # what to compute, in order
     inputs:Sequence[tuple[Any, ...]], # keys of the leaves that are given, in order
@@ -140,4 +140,9 @@ def compile_single(
     for (_, op), group in _generations(nodes).items():
         slot |= {key: len(slot) + i for i, key in enumerate(group)}
         steps.append((_RUN[op], [(slot[key], *(slot[a.key] for a in nodes[key].args)) for key in group]))
-    return Single([float(key[1]) for key in numbers], steps, [slot[root.key] for root in roots], [0.0] * (len(slot) - first))
+    return Single([float(key[1]) for key in numbers], steps, _picker([slot[root.key] for root in roots]), [0.0] * (len(slot) - first))
+
+# %% ../nbs/03_single.ipynb #b5a34edc
+def _picker(places:Sequence[int])->Callable[[list[float]], Sequence[float]]:
+    "Takes values from these places."
+    return operator.itemgetter(*places) if len(places) > 1 else lambda values: [values[i] for i in places]

@@ -14,7 +14,7 @@ import lightgbm as lgb
 import numpy as np
 import numpy.typing as npt
 
-# %% ../nbs/05_treerow.ipynb #c597eff0
+# %% ../nbs/05_treerow.ipynb #5446fec6
 RAW, PARTS = 1, 3 # kinds of prediction in LightGBM's C interface: margin, contributions
 _FLOAT32 = 0
 
@@ -47,8 +47,13 @@ class RowCall:
         library, handle = getattr(lgb.basic, '_LIB', None), getattr(self.booster, '_handle', None)
         if not hasattr(library, 'LGBM_BoosterPredictForMatSingleRowFastInit') or handle is None:
             return None
-        self._thread.call = _Call(library, handle, self.kind, self.width, self.length)
+        self._thread.call = _Call(_keeping(library), handle, self.kind, self.width, self.length)
         return self._thread.call
+
+# %% ../nbs/05_treerow.ipynb #cd78be51
+def _keeping(library:Any)->Any:
+    "The same library, called without giving up the interpreter's lock: a call is shorter than getting it back."
+    return ctypes.PyDLL(library._name, handle=library._handle) if isinstance(library, ctypes.CDLL) else library
 
 # %% ../nbs/05_treerow.ipynb #1416c8ab
 class _Call:

@@ -520,7 +520,7 @@ class _Checkpoints(threading.Thread):
                 self.connection.execute(f"PRAGMA wal_checkpoint({'TRUNCATE' if long else 'RESTART'})").fetchone()
             self.due = False
 
-# %% ../nbs/13_journal.ipynb #91d09c89
+# %% ../nbs/13_journal.ipynb #fe361236
 _LOOK = 0.25  # seconds between looks at the states when nothing is written
 _BATCH = 512  # entries of one transaction, about
 
@@ -540,7 +540,7 @@ class _Running:
         self.depth, self._limit, self._loop, self._on_commit = 0, limit, loop, on_commit
         self._book, self._queue = _Book(store, key, anchors), queue.SimpleQueue[Any]()
         self._counted: deque[tuple[str, Iterable[tuple[str, str]]]] = deque()
-        self._gathered: list[tuple[list[Entry], asyncio.Future[Any]]] = []  # came in this turn of the loop
+        self._gathered: deque[tuple[list[Entry], asyncio.Future[Any]]] = deque()  # came in this turn of the loop
         self._thread = threading.Thread(target=_serve, args=(self,), name='riskscore-journal', daemon=True)
         self._checkpoints = _Checkpoints(store) if store.path else None
         self._open = False
@@ -557,6 +557,8 @@ class _Running:
         "Stores what was accepted, then stops."
         if self._open:
             self._open = False
+            if items := _drained(self._gathered):
+                self._queue.put(items)
             self._queue.put(None)
             self._thread.join()
             if self._checkpoints:
@@ -627,14 +629,24 @@ def _accept(journal:Journal, entries:Sequence[Entry], more:int=0)->asyncio.Futur
         journal._loop.call_soon(_hand_over, journal)
     return future
 
-# %% ../nbs/13_journal.ipynb #98bf0b7e
+# %% ../nbs/13_journal.ipynb #9ede0096
+def _drained(gathered:deque[Any])->list[Any]:
+    "Takes all out; the loop and the thread that closes the journal may do so at the same time, and each item comes out once."
+    items = []
+    with suppress(IndexError):
+        while True:
+            items.append(gathered.popleft())
+    return items
+
+# %% ../nbs/13_journal.ipynb #3abcb94c
 def _hand_over(journal:_Running)->None:
     "Gives the thread all that came in one turn of the loop: it is woken once, and finds a larger batch."
-    items, journal._gathered = journal._gathered, []
-    if journal._open:
-        return journal._queue.put(items)
-    for entries, future in items:
-        _settle(journal, [future], [len(entries)], [StoreUnavailable('The journal is closed: the service is stopping.')] * len(entries))
+    items = _drained(journal._gathered)
+    if journal._open and items:
+        journal._queue.put(items)
+    elif items:  # accepted while the journal was being closed
+        error = StoreUnavailable('The journal is closed: the service is stopping.')
+        _settle(journal, [f for _, f in items], [len(e) for e, _ in items], [error for e, _ in items for _ in e])
 
 # %% ../nbs/13_journal.ipynb #05fa168c
 def _hour(at:str)->str:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'RETRY_STOPPED', 'router', 'Stamp', 'Word', 'Name', 'Reason', 'ServiceOf', 'Operator', 'Labeller', 'Scoring',
            'Anybody', 'OPEN', 'Front', 'Page', 'Review', 'Outcome', 'Proposal', 'Approval', 'Why', 'create_app']
 
-# %% ../nbs/18_api.ipynb #b0b7b8a6
+# %% ../nbs/18_api.ipynb #cb5263dd
 import asyncio
 import hashlib
 import json
@@ -26,8 +26,7 @@ from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse, PlainTextResponse, StreamingResponse
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
-from pydantic_core.core_schema import no_info_after_validator_function
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
@@ -178,7 +177,7 @@ def _known_parameters(request:Request)->None:
 
 router = APIRouter(dependencies=[Depends(_known_parameters)])
 
-# %% ../nbs/18_api.ipynb #a374f2fd
+# %% ../nbs/18_api.ipynb #117edf37
 _SPACES = r'\u0000-\u0020\u007f-\u00a0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000'
 _WORD = r'^[^\u0000-\u001f\u007f]{1,400}$'
 _NAME = rf'^[^\u0000-\u001f\u007f]*[^{_SPACES}][^\u0000-\u001f\u007f]*$'
@@ -199,7 +198,7 @@ class _Written:
         return text
 
     def __get_pydantic_core_schema__(self, source: Any, handler: Any) -> Any:
-        return no_info_after_validator_function(self.check, handler(source))
+        return AfterValidator(self.check).__get_pydantic_core_schema__(source, handler)
 
     def __get_pydantic_json_schema__(self, schema: Any, handler: Any) -> dict[str, Any]:
         return {'type': 'string', 'pattern': self.pattern, 'maxLength': self.longest, 'description': self.expected}

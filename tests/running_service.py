@@ -79,7 +79,11 @@ class Running(NamedTuple):
 
     def kill(self) -> None:
         "Ends everything at once, without a chance to finish."
-        for pid in [self.process.pid, *self.workers()]:  # the supervisor first: it would start others
+        if self.process.poll() is not None:
+            return
+        workers = self.workers()
+        self.process.kill()  # the supervisor first: it would start others
+        for pid in workers:
             try:
                 os.kill(pid, signal.SIGKILL)
             except ProcessLookupError:

@@ -108,6 +108,14 @@ def test_an_applicant_has_a_name_that_can_be_stored_and_asked_for(name, taken):
     assert (read_both(Reader(small_contract()), {'amount': 500, 'app': name}) is not None) == taken
 
 
+def test_very_many_strangers_are_refused_by_the_first_of_them():
+    record = {f'x{i}': i for i in range(3000)} | {'amount': -1}
+    with pytest.raises(Refused) as refused:
+        Reader(small_contract()).read(json.dumps(record).encode())
+    rules = [(v.column, v.rule) for v in refused.value.violations]
+    assert rules == [(f'x{i}', 'unknown') for i in range(500)] + [('amount', 'hard_range')]
+
+
 def test_the_fast_road_is_taken_by_what_is_usual(monkeypatch):
     import riskscore.fast as fast
 

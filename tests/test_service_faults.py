@@ -169,14 +169,15 @@ def locked(folder: Path, running: Running):
 
 
 @pytest.fixture
-def tmpfs(tmp_path):
-    "A small disk of our own."
+def disk(tmp_path):
+    "A small disk of our own and how it is filled; a limit on the size of files where none can be mounted."
     folder = tmp_path / 'disk'
     folder.mkdir()
-    if os.geteuid() != 0 or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=24m', 'none', folder], capture_output=True).returncode:
-        pytest.skip('no tmpfs can be mounted here')
-    yield folder
-    subprocess.run(['umount', '-l', folder], check=True)
+    if os.geteuid() or subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=24m', 'none', folder], capture_output=True).returncode:
+        yield folder, full_by_limit
+    else:
+        yield folder, full_tmpfs
+        subprocess.run(['umount', '-l', folder], check=True)
 
 
 def refuses_and_recovers(folder: Path, running: Running, fault, load: Load) -> None:
@@ -211,7 +212,7 @@ def check_refusals(folder: Path, load: Load) -> None:
     assert counted == len(load.answered)  # what was rolled back is not counted either
 
 
-@pytest.mark.parametrize('fault', [locked, full_by_limit])
+@pytest.mark.parametrize('fault', [locked, pytest.param(full_by_limit, marks=pytest.mark.slow)])
 def test_a_store_that_takes_nothing_is_said_and_got_over(tmp_path, model, fault):
     with service(tmp_path / 'serving', model, request_timeout=0.8) as running:
         with Load(running.port) as load:
@@ -222,15 +223,49 @@ def test_a_store_that_takes_nothing_is_said_and_got_over(tmp_path, model, fault)
 
 
 @pytest.mark.parametrize('workers', [1, pytest.param(2, marks=pytest.mark.slow)])
-def test_a_full_disk_is_said_and_got_over(tmpfs, model, workers):
-    with service(tmpfs / 'serving', model, workers=workers) as running:
+def test_a_full_disk_is_said_and_got_over(disk, model, workers):
+    folder, fault = disk
+    with service(folder / 'serving', model, workers=workers) as running:
         if workers == 2:
             workers_of(running)  # both have begun
         before = running.workers()
         with Load(running.port) as load:
-            refuses_and_recovers(running.folder, running, full_tmpfs, load)
+            refuses_and_recovers(running.folder, running, fault, load)
         check_refusals(running.folder, load)
         assert running.workers() == before  # nobody died of it
+
+
+# ---------------------------------------------------------------- the emergency stop
+
+@pytest.fixture(scope='module')
+def pair(tmp_path_factory, model):
+    "A service of two workers, and what was sent to it."
+    with service(tmp_path_factory.mktemp('pair') / 'serving', model, workers=2) as running:
+        yield running, []
+
+
+def test_nothing_is_decided_after_a_stop_was_answered(pair):
+    running, sent = pair
+    clients, stops, own = workers_of(running), [], Load(running.port)
+    with Load(running.port, clients=8) as load:
+        for number in range(8):
+            load.reach(5)
+            one, other = clients[number % 2], clients[number // 2 % 2]
+            told = one.post('/emergency-stop', {'reason': 'a test'})
+            began = time.monotonic()
+            assert told.status == 200 and told.json['stopped'], told
+            for client in clients:
+                own.sent.append(Sent(json.dumps(ROWS[0]).encode(), None, 0, began, client.post('/predict', ROWS[0])))
+            load.reach(5, lambda s: s.status == 503)
+            stops.append((began, time.monotonic()))
+            assert other.post('/emergency-stop/resume', {'reason': 'a test'}).status == 200
+    assert set(own.statuses) == {503} and set(load.statuses) == {200, 503}
+    assert not [s for s in load.answered for began, ended in stops if began < s.at and s.done < ended]
+    sent += load.sent + own.sent
+    rows = check_log(running.folder, sent)
+    assert sum(row['status'] == 'stopped' for row in rows['decisions']) == load.statuses[503] + own.statuses[503]
+    events = [row['event'] for row in sorted(rows['audit'], key=lambda row: row['at'])]
+    assert [event for event in events if event in ('stopped', 'resumed')] == ['stopped', 'resumed'] * len(stops)
 
 
 # ---------------------------------------------------------------- one worker dies
@@ -270,32 +305,33 @@ def writers(folder: Path, table: str) -> set[str]:
         return {writer for writer, in connection.execute(f'SELECT DISTINCT writer FROM {table}')}
 
 
-def test_a_worker_dies_and_the_others_go_on(tmp_path, model):
-    with service(tmp_path / 'serving', model, workers=2) as running:
-        workers_of(running)  # both have begun
-        with Load(running.port, clients=10) as load:
-            load.reach(100)
-            before, seen, old = running.workers(), answers_counted(running), writers(running.folder, 'chains')
-            victim = max(before, key=sockets)
-            os.kill(victim, signal.SIGKILL)
-            load.reach(100)
-            new, = eventually(lambda: writers(running.folder, 'chains') - old)
-            while new not in writers(running.folder, 'decisions'):  # a new connection is served by either
-                one = Sent(json.dumps(ROWS[0]).encode(), None, -1, time.monotonic())
-                one.told = resend(running.port, one)
-                load.sent.append(one)
-        assert len(running.workers()) == 2 and victim not in running.workers()
-        assert set(load.statuses) == {0, 200}
-        broken = Counter(s.client for s in load.sent if s.status == 0)
-        assert max(broken.values()) == 1, broken  # once each, those of the dead one; a new connection was never refused
-        assert {s.error for s in load.sent if s.status == 0} <= BROKEN
-        rows = check_log(running.folder, load.sent)
-        last = {writer: max(row['received_at'] for row in rows['decisions'] if row['writer'] == writer) for writer in old}
-        dead = min(last, key=lambda writer: last[writer])
-        answered = {s.request_id for s in load.answered}
-        alive = sum(row['writer'] != dead for row in rows['decisions'] if row['request_id'] in answered)
-        eventually(lambda: answers_counted(running) >= alive)  # each hands over its counts once a second
-        assert seen <= answers_counted(running) <= len(answered)  # what the dead one had handed over stays
+def test_a_worker_dies_and_the_others_go_on(pair):
+    running, sent = pair
+    workers_of(running)  # both have begun
+    with Load(running.port, name='dies-', first=20_000, clients=10) as load:
+        load.reach(100)
+        before, seen, old = running.workers(), answers_counted(running), writers(running.folder, 'chains')
+        victim = max(before, key=sockets)
+        os.kill(victim, signal.SIGKILL)
+        load.reach(100)
+        new, = eventually(lambda: writers(running.folder, 'chains') - old)
+        while new not in writers(running.folder, 'decisions'):  # a new connection is served by either
+            one = Sent(json.dumps(ROWS[0]).encode(), None, -1, time.monotonic())
+            one.told = resend(running.port, one)
+            load.sent.append(one)
+    assert len(running.workers()) == 2 and victim not in running.workers()
+    assert set(load.statuses) == {0, 200}
+    broken = Counter(s.client for s in load.sent if s.status == 0)
+    assert max(broken.values()) == 1, broken  # once each, those of the dead one; a new connection was never refused
+    assert {s.error for s in load.sent if s.status == 0} <= BROKEN
+    sent += load.sent
+    rows = check_log(running.folder, sent)
+    last = {writer: max(row['received_at'] for row in rows['decisions'] if row['writer'] == writer) for writer in old}
+    dead = min(last, key=lambda writer: last[writer])
+    answered = {s.request_id for s in sent if s.status == 200}
+    alive = sum(row['writer'] != dead for row in rows['decisions'] if row['request_id'] in answered)
+    eventually(lambda: answers_counted(running) >= alive)  # each hands over its counts once a second
+    assert seen <= answers_counted(running) <= len(answered)  # what the dead one had handed over stays
 
 
 @pytest.mark.slow
@@ -394,28 +430,3 @@ def test_what_was_accepted_is_answered_before_the_end(tmp_path, model, workers):
     # whoever was not answered was not accepted: a connection that waits for a request may close, and nothing of it is decided
     assert len(rows['decisions']) == len(load.answered)
     assert rows['audit'] and walk(running.folder).ok
-
-
-# ---------------------------------------------------------------- the emergency stop
-
-def test_nothing_is_decided_after_a_stop_was_answered(tmp_path, model):
-    with service(tmp_path / 'serving', model, workers=2) as running:
-        clients, stops, own = workers_of(running), [], Load(running.port)
-        with Load(running.port, clients=8) as load:
-            for number in range(8):
-                load.reach(5)
-                one, other = clients[number % 2], clients[number // 2 % 2]
-                told = one.post('/emergency-stop', {'reason': 'a test'})
-                began = time.monotonic()
-                assert told.status == 200 and told.json['stopped'], told
-                for client in clients:
-                    own.sent.append(Sent(json.dumps(ROWS[0]).encode(), None, 0, began, client.post('/predict', ROWS[0])))
-                load.reach(5, lambda s: s.status == 503)
-                stops.append((began, time.monotonic()))
-                assert other.post('/emergency-stop/resume', {'reason': 'a test'}).status == 200
-        assert set(own.statuses) == {503} and set(load.statuses) == {200, 503}
-        assert not [s for s in load.answered for began, ended in stops if began < s.at and s.done < ended]
-        rows = check_log(running.folder, load.sent + own.sent)
-        assert sum(row['status'] == 'stopped' for row in rows['decisions']) == load.statuses[503] + own.statuses[503]
-        events = [row['event'] for row in sorted(rows['audit'], key=lambda row: row['at'])]
-        assert [event for event in events if event in ('stopped', 'resumed')] == ['stopped', 'resumed'] * len(stops)

@@ -6,7 +6,7 @@
 __all__ = ['log', 'RETRY_STOPPED', 'router', 'Stamp', 'Word', 'Name', 'Reason', 'ServiceOf', 'Operator', 'Labeller', 'Scoring',
            'Anybody', 'OPEN', 'Front', 'Page', 'Review', 'Outcome', 'Proposal', 'Approval', 'Why', 'create_app']
 
-# %% ../nbs/18_api.ipynb #cb5263dd
+# %% ../nbs/18_api.ipynb #81adfa1d
 import asyncio
 import hashlib
 import json
@@ -15,7 +15,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Collection, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from functools import lru_cache
 from pathlib import Path
@@ -328,7 +328,16 @@ def _outcomes(outcomes:Annotated[list[Outcome], Field(min_length=1, max_length=1
         counts[row['status']] = counts.get(row['status'], 0) + 1
     return {'counts': counts, 'results': found}
 
-# %% ../nbs/18_api.ipynb #708c57f5
+# %% ../nbs/18_api.ipynb #a8447fa0
+_ROW_ERRORS = 50  # of one row; results must not be many times as large as what was sent
+
+
+def _first_errors(errors:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
+    "The first of very many errors, and how many more there are."
+    rest = len(errors) - _ROW_ERRORS
+    return [*errors[:_ROW_ERRORS], *([{'message': f'and {rest:,} more'}] if rest > 0 else [])]
+
+# %% ../nbs/18_api.ipynb #1741ff9b
 async def _answer_rows(service:Service, found:Iterable[Row], template:Work, results:Results)->None:
     "Answers a block of rows into the results."
     listed = list(found)
@@ -342,7 +351,8 @@ async def _answer_rows(service:Service, found:Iterable[Row], template:Work, resu
             results.add(row.number, outcome[0].text, outcome[1].applicant)
         else:
             told = problem_of(outcome)
-            results.refuse(row.number, told.errors or [{'message': told.detail}], status='refused' if isinstance(outcome, Refused | KeyReused) else 'failed')
+            status = 'refused' if isinstance(outcome, Refused | KeyReused) else 'failed'
+            results.refuse(row.number, _first_errors(told.errors) or [{'message': told.detail}], status=status)
 
 # %% ../nbs/18_api.ipynb #75ea1506
 @router.post('/predict_batch', tags=['scoring'], operation_id='predict_batch', response_model=None)

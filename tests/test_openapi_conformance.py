@@ -174,6 +174,13 @@ def test_an_odd_request_is_a_problem_and_no_fault(running, method, path, body, s
         assert ('allow' in told.headers) == (status == 405)
 
 
+def test_a_row_that_is_wrong_in_very_many_ways_is_told_the_first(running):
+    told = running.client(KEYS['desk']).post('/predict_batch', [{f'x{i}': 1 for i in range(300)}, {'amount': 500}])
+    errors = told.json['results'][0]['errors']
+    assert len(errors) == 51 and errors[0]['column'] == 'x0' and errors[-1] == {'message': 'and 251 more'}
+    assert told.json['results'][1]['status'] == 'scored'
+
+
 @pytest.mark.parametrize(('kind', 'status'), [('application/json; charset=utf-8', 200), ('Application/JSON', 200), ('application/jsonx', 415),
                                              ('application/json-patch+json', 415), ('text/plain', 415), ('', 415)])
 def test_an_application_is_sent_as_json(running, kind, status):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LOG_COLUMNS', 'newest_file', 'rejected_path', 'BatchRun', 'append_log', 'score_batch']
 
-# %% ../nbs/30_batch.ipynb #6f25ad4f
+# %% ../nbs/30_batch.ipynb #56eb727a
 import csv
 import fcntl
 import io
@@ -28,11 +28,11 @@ import pyarrow as pa
 
 from .bundle import Scorer, load_bundle
 from .contract import LANGUAGES, Contract, _limit_masks
-from .core import Frame, RiskError, atomic_path, digest_file, listing, suggest
+from .core import Frame, RiskError, atomic_path, digest_file, listing, neutral, suggest
 from .datasets import Batch, Join, read_frames, read_ids
 from .ingest import with_related
 from .policy import judge, score_points
-from .results import frame_batch, neutral, open_result, result_format
+from .results import frame_batch, open_result, result_format
 from .sources import column_from_numpy, source_files
 
 # %% ../nbs/30_batch.ipynb #9eadb61f

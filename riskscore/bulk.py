@@ -6,7 +6,7 @@
 __all__ = ['MEDIA_TYPES', 'PIECE_BYTES', 'BLOCK_BYTES', 'BLOCK_ROWS', 'RESULT_COLUMNS', 'upload_form', 'Row', 'Layout',
            'csv_layout', 'cell_reader', 'rows', 'Results', 'result_body']
 
-# %% ../nbs/15_bulk.ipynb #49548e66
+# %% ../nbs/15_bulk.ipynb #d33c3ca0
 import asyncio
 import csv
 import datetime as dt
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple, Protocol
 import msgspec
 
 from .contract import Column, Contract, _column_violations
-from .core import RiskError, suggest
+from .core import RiskError, neutral, suggest
 
 # %% ../nbs/15_bulk.ipynb #294fc153
 MEDIA_TYPES = {'json': 'application/json', 'ndjson': 'application/x-ndjson', 'csv': 'text/csv; charset=utf-8'}
@@ -463,25 +463,18 @@ async def _recut(
         yield bytes(waiting)
     yield b''
 
-# %% ../nbs/15_bulk.ipynb #0c4414da
+# %% ../nbs/15_bulk.ipynb #0d2f922c
 RESULT_COLUMNS = ('row', 'id', 'status', 'request_id', 'received_at', 'pd', 'score', 'decision', 'knockout', 'value', 'currency', 'flags', 'missing',
                   'reasons', 'model_version', 'policy_version', 'errors')
-_FORMULA = re.compile('[=+\\-@\t\r\n＝＋－＠]')
-_PLAIN_NUMBER = re.compile(r'[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?')
 
-
-def _neutral(cell:Any)->Any:
-    "A cell that a spreadsheet shows and never runs."
-    return "'" + cell if isinstance(cell, str) and _FORMULA.match(cell) and not _PLAIN_NUMBER.fullmatch(cell) else cell
-
-# %% ../nbs/15_bulk.ipynb #11429b36
+# %% ../nbs/15_bulk.ipynb #6246cd6a
 def _result_cells(result:Mapping[str, Any], language:str)->list[Any]:
     "A result as a line of CSV."
     flags, missing = result.get('flags') or (), (result.get('completeness') or {}).get('missing') or ()
     errors = [e if isinstance(e, str) else e['message'] for e in result.get('errors') or ()]
     told = {'flags': '; '.join(f'{f["column"]} {f["rule"]}' for f in flags), 'missing': '; '.join(missing),
             'reasons': '; '.join(r[language] for r in result.get('reasons') or ()), 'errors': '; '.join(errors)}
-    return [_neutral(cell) for cell in (told[n] if n in told else result.get(n) for n in RESULT_COLUMNS)]
+    return [neutral(cell) for cell in (told[n] if n in told else result.get(n) for n in RESULT_COLUMNS)]
 
 # %% ../nbs/15_bulk.ipynb #5b0f10a5
 def _result_text(

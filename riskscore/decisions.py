@@ -7,7 +7,7 @@ __all__ = ['REVIEWS', 'PAGE_LIMIT', 'EXPORTED', 'Filters', 'read_filters', 'inst
            'receipt', 'Note', 'review_note', 'store_outcomes', 'start_batch', 'finish_batch', 'list_batches',
            'window_counts', 'review_counts', 'read_state']
 
-# %% ../nbs/14_decisions.ipynb #433e5911
+# %% ../nbs/14_decisions.ipynb #ec1eb87f
 import base64
 import csv
 import io
@@ -23,7 +23,7 @@ import sqlalchemy as sa
 
 from .chain import new_id, now
 from .contract import DECISIONS
-from .core import RiskError, canonical_json, suggest
+from .core import RiskError, canonical_json, neutral, suggest
 from .store import Store
 
 # %% ../nbs/14_decisions.ipynb #9b142586
@@ -175,16 +175,7 @@ def _listed(row:Mapping[Any, Any])->dict[str, Any]:
     review = json.loads(row['review'])['decision'] if row['review'] else None
     return {**row, 'review': review, 'final': review or row['decision']}
 
-# %% ../nbs/14_decisions.ipynb #6634f1b3
-_FORMULA = re.compile('[=+\\-@\t\r\n＝＋－＠]')
-_NUMBER = re.compile(r'[+-]?([0-9]+(\.[0-9]*)?|\.[0-9]+)([eE][+-]?[0-9]+)?')
-
-
-def _neutral(value:Any)->Any:
-    "A cell that a spreadsheet shows and never runs; a number stays one."
-    return "'" + value if isinstance(value, str) and _FORMULA.match(value) and not _NUMBER.fullmatch(value) else value
-
-# %% ../nbs/14_decisions.ipynb #1d96f941
+# %% ../nbs/14_decisions.ipynb #f5550682
 EXPORTED = (*_LISTED, 'applicant', 'review', 'final', 'bad')
 
 
@@ -198,7 +189,7 @@ def export_decisions(
     while True:
         rows, cursor = list_decisions(store, filters, PAGE_LIMIT, cursor)
         block = io.StringIO()
-        csv.writer(block, lineterminator='\n').writerows([_neutral(row[name]) for name in EXPORTED] for row in rows)
+        csv.writer(block, lineterminator='\n').writerows([neutral(row[name]) for name in EXPORTED] for row in rows)
         yield block.getvalue()
         if cursor is None:
             return

@@ -207,12 +207,6 @@ def test_an_export_holds_what_the_list_holds_and_runs_in_no_spreadsheet(mess):
         assert {k: v for k, v in cells.items() if k != 'applicant'} == {k: '' if row[k] is None else str(row[k]) for k in EXPORTED if k != 'applicant'}
 
 
-@pytest.mark.parametrize('text, cell', [('=1', "'=1"), ('-2+3', "'-2+3"), ('@x', "'@x"), ('\tx', "'\tx"), ('-2', '-2'), ('a=b', 'a=b'), (-2.5, -2.5),
-                                        (None, None)])
-def test_a_cell_is_shown_and_not_run(text, cell):
-    assert decisions._neutral(text) == cell
-
-
 def test_an_export_holds_one_page_at_a_time(tmp_path, monkeypatch):
     monkeypatch.setattr(decisions, 'PAGE_LIMIT', 50)
     store, peaks = open_store(f'sqlite:///{tmp_path}/a.db'), []

@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import sqlalchemy as sa
+import test_postgres
 from running_service import service
 from small_bundle import small_bundle
 
@@ -18,6 +20,7 @@ from riskscore.features import FeaturePlan
 from riskscore.policy import Policy
 
 TESTS = Path(__file__).parent
+cluster = test_postgres.cluster
 KEYS = {'all': 'a-key-with-all-roles', 'desk': 'a-key-that-may-score'}
 CONFIG = '''
 hooks = "unique_keys"
@@ -45,8 +48,8 @@ def judged(running, folder: Path, examples: int, stories: int, seed: int = 1) ->
     "What the API tester found, with all its checks."
     (folder / 'schemathesis.toml').write_text(CONFIG.format(stories=stories))
     command = [sys.executable, '-c', 'from schemathesis.cli import schemathesis; schemathesis()', 'run', f'http://127.0.0.1:{running.port}/openapi.json',
-               '--header', f'X-API-Key: {KEYS["all"]}', '--checks', 'all', '--max-examples', str(examples), '--seed', str(seed), '--generation-database', 'none',
-               '--report', 'json', '--report-json-path', 'told.json', '--no-color']
+               '--header', f'X-API-Key: {KEYS["all"]}', '--checks', 'all', '--max-examples', str(examples), '--seed', str(seed),
+               '--generation-database', 'none', '--report', 'json', '--report-json-path', 'told.json', '--no-color']
     told = subprocess.run(command, cwd=folder, env=os.environ | {'PYTHONPATH': str(TESTS)}, capture_output=True, text=True)
     assert told.returncode == 0, told.stdout[-6000:] + told.stderr[-2000:]
     return json.loads((folder / 'told.json').read_text())
@@ -90,6 +93,18 @@ def test_a_contract_of_a_hundred_columns_is_described_as_exactly(tmp_path, root)
     pointer = one_term_bundle(tmp_path, load_contract(root / 'data/contracts/home_credit.yaml'))
     with service(tmp_path / 'serving', pointer, api_keys=f'all score,label,operate {KEYS["all"]}') as found:
         check(judged(found, tmp_path, 100, 30), 3000)
+
+
+@pytest.mark.slow
+def test_the_same_over_postgresql(cluster, home, tmp_path):
+    engine = sa.create_engine(cluster.url('postgres'), isolation_level='AUTOCOMMIT')
+    with engine.connect() as connection:
+        connection.exec_driver_sql('CREATE DATABASE conformance')
+    engine.dispose()
+    with service(tmp_path / 'serving', home / 'champion.json', store=cluster.url('conformance'), api_keys=f'all score,label,operate {KEYS["all"]}') as found:
+        for body, status in ODD.values():
+            assert found.client(KEYS['all']).post('/predict', body, **JSON).status == status
+        check(judged(found, tmp_path, 15, 15, seed=3), 1200)
 
 
 # ---------------------------------------------------------------- what the tester does not think of

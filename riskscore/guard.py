@@ -83,6 +83,16 @@ def _local_problem(head:Mapping[bytes, bytes], origins:frozenset[bytes])->Proble
         return problem('role', 'Without API keys only web pages of this machine may call; list others in RISKSCORE_CORS_ORIGINS.')
     return None
 
+# %% ../nbs/15_guard.ipynb #81525c36
+_ONCE = (b'host', b'origin', b'authorization', b'x-api-key', b'idempotency-key', b'content-type')
+
+
+def _twice(headers:Iterable[tuple[bytes, bytes]])->Problem | None:
+    "Why a header that says one thing may not come twice: a proxy in front might have looked at the other one."
+    names = [name for name, _ in headers]
+    twice = next((name for name in _ONCE if names.count(name) > 1), None)
+    return Problem(400, detail=f'The header {twice.decode()} is given more than once.') if twice else None
+
 # %% ../nbs/15_guard.ipynb #bf5ac247
 _MOST_HEADERS = 100
 
@@ -216,7 +226,7 @@ class Guard:
         "Are all places taken?"
         return self.waiting >= self.limits.max_waiting
 
-# %% ../nbs/15_guard.ipynb #0789af5d
+# %% ../nbs/15_guard.ipynb #3550b8bc
 def _head_problem(guard:Guard, scope:Any, limit:int, full:bool)->Problem | None:
     "Why a request is turned away by its head."
     head, path = scope['head'], scope['path']
@@ -224,6 +234,8 @@ def _head_problem(guard:Guard, scope:Any, limit:int, full:bool)->Problem | None:
         return found
     if len(scope['headers']) > _MOST_HEADERS:
         return Problem(431, detail=f'A request has up to {_MOST_HEADERS} headers.')
+    if len(head) < len(scope['headers']) and (found := _twice(scope['headers'])):
+        return found
     if full and path not in guard.limits.urgent:
         return problem('overload', 'All places are taken. Try again in a moment.', retry_after=1)
     if guard.admit is not None:

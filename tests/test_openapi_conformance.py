@@ -1,4 +1,5 @@
 "The description of the API and the service agree: an API tester makes requests out of the one and judges what the other answers."
+import http.client
 import json
 import os
 import subprocess
@@ -194,6 +195,20 @@ def test_a_row_that_is_wrong_in_very_many_ways_is_told_the_first(running):
     errors = told.json['results'][0]['errors']
     assert len(errors) == 51 and errors[0]['column'] == 'x0' and errors[-1] == {'message': 'and 251 more'}
     assert told.json['results'][1]['status'] == 'scored'
+
+
+@pytest.mark.parametrize('name', ['Host', 'X-API-Key', 'Idempotency-Key', 'Content-Type', 'Accept'])
+def test_what_says_one_thing_is_said_once(running, name):
+    given = {'Host': 'localhost', 'X-API-Key': KEYS['desk'], 'Idempotency-Key': f'once-{name}', 'Content-Type': 'application/json', 'Accept': '*/*'}
+    connection = http.client.HTTPConnection('127.0.0.1', running.port, timeout=30)
+    connection.putrequest('POST', '/predict', skip_host=True)
+    for key, value in [*given.items(), (name, given[name]), ('Content-Length', '15')]:
+        connection.putheader(key, value)
+    connection.endheaders(b'{"amount": 500}')
+    told = connection.getresponse()
+    detail = json.loads(told.read()).get('detail')
+    assert (told.status, detail) == ((200, None) if name == 'Accept' else (400, f'The header {name.lower()} is given more than once.'))
+    connection.close()
 
 
 @pytest.mark.parametrize(('kind', 'status'), [('application/json; charset=utf-8', 200), ('Application/JSON', 200), ('application/jsonx', 415),

@@ -63,7 +63,7 @@ def serving(running: Running, clients: list, version: str) -> None:
 
 
 def test_a_champion_is_replaced_again_and_again_under_load(home):
-    models, changes = bundles(home), 8
+    models, changes = bundles(home), 6
     with service(home / 'serving', home / 'champion.json') as running:
         client = running.client()
         with Load(running.port, clients=8, distinct=False, keyed=False) as load:

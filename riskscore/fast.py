@@ -62,19 +62,21 @@ def _known_texts(column:Column)->dict[Any, Any]:
             known[raw] = value
     return known
 
-# %% ../nbs/11_fast.ipynb #fb87c2da
+# %% ../nbs/11_fast.ipynb #4b267320
 def _type_of(column:Column)->Any:
     "What the decoder takes for a column."
     if column.role in ('target', 'id') or column.kind == 'date':
         return Any
-    return {'number': float | None, 'integer': _WHOLE | None, 'category': str | None, 'flag': str | int | None}[column.kind]
+    return {'number': float, 'integer': _WHOLE, 'category': str, 'flag': str | int}[column.kind]
 
-# %% ../nbs/11_fast.ipynb #080ff0da
+# %% ../nbs/11_fast.ipynb #451e21a3
 def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
     "Gives the values of a body in the order of the columns; raises DecodeError for what it does not take."
-    fields = [(f'f{i}', _type_of(c), None) for i, c in enumerate(columns)]
+    needed = [c.required and _type_of(c) is not Any for c in columns]  # a value that is there and not null
+    fields = [(f'f{i}', _type_of(c)) if need else (f'f{i}', _type_of(c) | None, None) for i, (c, need) in enumerate(zip(columns, needed, strict=True))]
+    names = {f'f{i}': c.name for i, c in enumerate(columns)}
     try:
-        shape = msgspec.defstruct('Application', fields, rename={f'f{i}': c.name for i, c in enumerate(columns)}, forbid_unknown_fields=True)
+        shape = msgspec.defstruct('Application', fields, rename=names, forbid_unknown_fields=True, kw_only=True)
     except ValueError:  # a name that it does not allow, such as one with a tab
         def nothing(body: bytes) -> tuple[Any, ...]:
             raise msgspec.DecodeError('no decoder')
@@ -82,7 +84,7 @@ def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
     decode = msgspec.json.Decoder(shape).decode
     return lambda body: msgspec.structs.astuple(decode(body))
 
-# %% ../nbs/11_fast.ipynb #1357b0d1
+# %% ../nbs/11_fast.ipynb #512642f0
 class Reader:
     "Reads the applications of one contract."
 
@@ -95,10 +97,10 @@ class Reader:
         numbers, texts = [c for c in plain if c.kind in ('number', 'integer')], [c for c in plain if c.kind in ('category', 'flag')]
         self.columns = [*numbers, *texts, *(c for c in columns if c not in plain)]
         self.numbers, self.others = len(numbers), list(range(len(numbers) + len(texts), len(columns)))
-        self.limits = [(i, *_limits(c)) for i, c in enumerate(numbers)]
+        self.places, limits = range(len(numbers)), [_limits(c) for c in numbers]
+        self.lows, self.highs = [low for low, _ in limits], [high for _, high in limits]
         self.special = [(i, c.codes) for i, c in enumerate(numbers) if c.codes]
-        self.texts = [(i, _known_texts(c)) for i, c in enumerate(texts, len(numbers))]
-        self.required = [i for i, c in enumerate(self.columns) if c.required]
+        self.texts = [_known_texts(c) for c in texts]
         self.names, self.features = [c.name for c in self.columns], [c.name for c in contract.feature_columns]
         self.id = self.columns.index(contract.id) if contract.id else None
         self.decode = _decoder(self.columns)
@@ -158,17 +160,17 @@ def _missing(reader:Reader, typed:Mapping[str, Any])->list[str]:
     "Features without a value."
     return [name for name in reader.features if (value := typed[name]) is None or value != value]
 
-# %% ../nbs/11_fast.ipynb #c19f75ae
+# %% ../nbs/11_fast.ipynb #fd1cb58e
 def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     "What the decoder gave, read; None where the contract refuses something."
-    typed = list(values)
-    typed[:reader.numbers] = [_NAN if x is None else x for x in values[:reader.numbers]]
-    odd = [i for x, (i, low, high) in zip(typed, reader.limits, strict=False) if x < low or x > high]  # null is neither
+    numbers, others = reader.numbers, reader.numbers + len(reader.texts)
+    typed = [_NAN if x is None else x for x in values[:numbers]]
+    odd = [i for i, x, low, high in zip(reader.places, typed, reader.lows, reader.highs, strict=True) if x < low or x > high]  # null is neither
     odd += [i for i, codes in reader.special if typed[i] in codes and i not in odd]
-    for i, known in reader.texts:
-        typed[i] = known.get(values[i], _LOOK)
-        if typed[i] is _LOOK:
-            odd.append(i)
+    texts = [known.get(x, _LOOK) for known, x in zip(reader.texts, values[numbers:others], strict=True)]
+    odd += [i for i, x in enumerate(texts, numbers) if x is _LOOK] if _LOOK in texts else []
+    typed += texts
+    typed += values[others:]
     flags = []
     for i in odd + reader.others:
         typed[i], rule = _read_value(reader.columns[i], values[i])
@@ -176,9 +178,6 @@ def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
             return None
         if rule:
             flags.append((reader.columns[i].name, rule))
-    for i in reader.required:
-        if (x := typed[i]) is None or x != x:
-            return None
     applicant = None if reader.id is None else _named(values[reader.id])
     if applicant and not _NAME.fullmatch(applicant):
         return None

@@ -95,11 +95,12 @@ def _too_long(limit:int)->str:
     "The problem of a row beyond the limit."
     return f'longer than {limit:,} bytes'
 
-# %% ../nbs/15_bulk.ipynb #231b2de4
+# %% ../nbs/15_bulk.ipynb #6d6a489c
+# no group is possessive: Python before 3.11.5 matches those wrongly
 _STRING = rb'"[^"\\]*+(?:\\.[^"\\]*+)*"'
 _OUTSIDE = re.compile(rb'(?:[^"\[\]{},]++|' + _STRING + rb')*', re.DOTALL)  # up to a bracket, a comma or a string that is not yet complete
 _NESTED = re.compile(rb'(?:[^"\[\]{}]++|' + _STRING + rb')*', re.DOTALL)  # up to a bracket or such a string
-_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*', re.DOTALL)  # up to the quote that ends it; no group is possessive, which Python before 3.11.5 matches wrongly
+_IN_STRING = re.compile(rb'[^"\\]*+(?:\\.[^"\\]*+)*', re.DOTALL)  # up to the quote that ends it
 _BLANK, _BACKSLASH = b' \t\r\n', ord('\\')
 
 

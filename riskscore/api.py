@@ -6,7 +6,7 @@
 __all__ = ['log', 'RETRY_STOPPED', 'router', 'Stamp', 'Word', 'Name', 'Reason', 'ServiceOf', 'Operator', 'Labeller', 'Scoring',
            'Anybody', 'OPEN', 'Front', 'Page', 'Review', 'Outcome', 'Proposal', 'Approval', 'Why', 'create_app']
 
-# %% ../nbs/18_api.ipynb #81adfa1d
+# %% ../nbs/18_api.ipynb #7300f1a8
 import asyncio
 import hashlib
 import json
@@ -38,7 +38,7 @@ from riskscore.decisions import (
     PAGE_LIMIT, export_decisions, finish_batch, instant, list_batches, list_decisions, read_filters, receipt, review_counts, review_note, start_batch,
     store_outcomes,
 )
-from .fast import Refused
+from .fast import FastScorer, Refused
 from .docs import docs_page
 from .guard import Guard, GuardedProtocol, limits_of, page_headers
 from .journal import Answer, KeyReused, Overloaded, StateMoved
@@ -86,7 +86,7 @@ def _options(query:bytes)->tuple[str, bool]:
         raise problem('request', 'The address is not as expected.', errors)
     return told.get('purpose', 'decision'), told.get('explain', 'true') == 'true'
 
-# %% ../nbs/18_api.ipynb #bc6e972d
+# %% ../nbs/18_api.ipynb #9d2f542a
 def _work_of(scope:Any, body:bytes)->Work:
     "The request for a score."
     head, (purpose, explain) = scope['head'], _options(scope['query_string'])
@@ -95,7 +95,7 @@ def _work_of(scope:Any, body:bytes)->Work:
         raise problem('media', 'An application is sent as application/json.')
     if key is not None and not _KEY.fullmatch(key):
         raise problem('request', 'An Idempotency-Key has 1 to 200 visible ASCII characters and does not begin with `stopped:`.')
-    return Work(body, purpose, explain, key.decode('ascii') if key else None)
+    return Work(body, purpose, explain, key.decode('ascii') if key else None, caller=scope['caller'].name)
 
 # %% ../nbs/18_api.ipynb #ce8b1851
 async def _body_of(receive:Any)->bytes:
@@ -337,12 +337,20 @@ def _first_errors(errors:Sequence[Mapping[str, Any]])->list[Mapping[str, Any]]:
     rest = len(errors) - _ROW_ERRORS
     return [*errors[:_ROW_ERRORS], *([{'message': f'and {rest:,} more'}] if rest > 0 else [])]
 
-# %% ../nbs/18_api.ipynb #1741ff9b
-async def _answer_rows(service:Service, found:Iterable[Row], template:Work, results:Results)->None:
+# %% ../nbs/18_api.ipynb #ab152da7
+async def _finish(service:Service, batch:str, **told:Any)->None:
+    "Records how a batch ended; the answers are worth more than the record."
+    try:
+        await asyncio.to_thread(finish_batch, service.store, batch, **told)
+    except StoreUnavailable:
+        log.exception('The end of a batch could not be recorded.', extra={'subject': batch})
+
+# %% ../nbs/18_api.ipynb #bfb6fbfd
+async def _answer_rows(service:Service, model:FastScorer, found:Iterable[Row], template:Work, results:Results)->None:
     "Answers a block of rows into the results."
     listed = list(found)
     works = [template._replace(body=row.body, key=template.key and f'{template.key}:{row.number}') for row in listed if row.body is not None]
-    outcomes = iter(await predict_block(service, works))
+    outcomes = iter(await predict_block(service, works, model))
     for row in listed:
         outcome = next(outcomes) if row.body is not None else None
         if outcome is None:
@@ -354,7 +362,7 @@ async def _answer_rows(service:Service, found:Iterable[Row], template:Work, resu
             status = 'refused' if isinstance(outcome, Refused | KeyReused) else 'failed'
             results.refuse(row.number, _first_errors(told.errors) or [{'message': told.detail}], status=status)
 
-# %% ../nbs/18_api.ipynb #75ea1506
+# %% ../nbs/18_api.ipynb #cae3f330
 @router.post('/predict_batch', tags=['scoring'], operation_id='predict_batch', response_model=None)
 async def _batch(
     request:Request, service:ServiceOf, caller:Scoring,
@@ -364,19 +372,24 @@ async def _batch(
     language:Literal['en', 'es']='en',
 )->StreamingResponse:
     "Scores many applications: a JSON array, JSON lines or CSV, of any size up to the limit."
-    started, sha, head, model = time.monotonic(), hashlib.sha256(), request.scope['head'], service.model.scorer
+    started, sha, head, fast = time.monotonic(), hashlib.sha256(), request.scope['head'], service.model
+    model = fast.scorer
     form, key = upload_form(head.get(b'content-type', b'').decode('latin-1')), head.get(b'idempotency-key')
     if key is not None and not re.fullmatch(rb'(?!stopped:)[!-~]{1,180}', key):
         raise problem('request', 'The Idempotency-Key of a batch has 1 to 180 visible ASCII characters and does not begin with `stopped:`.')
     batch = await asyncio.to_thread(start_batch, service.store, purpose, caller.name, form, model.version, model.policy.version)
     results = Results(format or form, language)
-    template = Work(b'', purpose, explain == 'true', key.decode() if key else None, batch)
+    template = Work(b'', purpose, explain == 'true', key.decode() if key else None, batch, caller.name)
     try:
         async for block in rows(request.stream(), form, model.contract, service.settings.max_body, service.settings.max_batch_rows, sha):
-            await _answer_rows(service, block, template, results)
+            await _answer_rows(service, fast, block, template, results)
+    except Problem as found:  # the upload is too long: what was answered before is told all the same
+        if not results.counts['rows']:
+            raise
+        results.refuse(results.counts['rows'] + 1, [{'message': found.detail}], status='failed')
     finally:
         counts = {k: results.counts[k] for k in ('rows', 'scored', 'refused', 'failed')}
-        await asyncio.to_thread(finish_batch, service.store, batch, digest=sha.hexdigest(), seconds=time.monotonic() - started, **counts)
+        await _finish(service, batch, digest=sha.hexdigest(), seconds=time.monotonic() - started, **counts)
     summary = {'batch': batch, 'purpose': purpose, 'model_version': model.version, 'policy_version': model.policy.version, 'digest': sha.hexdigest()}
     headers = {f'X-{k.title().replace("_", "-")}': str(v) for k, v in {**summary, **counts}.items()}
     return StreamingResponse(result_body(results, summary), media_type=MEDIA_TYPES[results.form], headers=headers)
@@ -519,18 +532,16 @@ async def _health_page(request:Request, caller:Anybody)->dict[str, Any]:
     "How it is: model, store, queue, disk, stop."
     return _health(request.app.state.service)
 
-# %% ../nbs/18_api.ipynb #63722598
+# %% ../nbs/18_api.ipynb #7e1fbf57
 @router.get('/metrics', tags=['health'], operation_id='metrics', response_class=PlainTextResponse)
 async def _metrics(request:Request, caller:Anybody)->Response:
     "For Prometheus: requests, latency, decisions, scores, refusals, reviews, stop, queue, model; of all workers."
-    service, guard = request.app.state.service, request.app.state.guard
+    service = request.app.state.service
     for what, n in GuardedProtocol.counts.items():
         service.meters.count('cut', what, n=n)
     GuardedProtocol.counts.clear()
-    service.meters.state('in_work', guard.waiting)
     if service.ready:
-        service.meters.state('waiting', service.journal.depth)
-        service.meters.state('stopped', service.journal.stopped)
+        service.show()
     body, kind = await asyncio.to_thread(metrics_page, service.meters)
     return Response(body, media_type=kind)
 
@@ -611,7 +622,7 @@ def _open_to(app:Any, origins:Sequence[str])->Any:
     return CORSMiddleware(app, allow_origins=origins, allow_methods=['GET', 'POST'], allow_headers=['Authorization', 'X-API-Key', 'Idempotency-Key'],
                           expose_headers=['X-Request-Id', 'Idempotent-Replay', 'Retry-After'])
 
-# %% ../nbs/18_api.ipynb #cc11b36a
+# %% ../nbs/18_api.ipynb #934e7c0d
 OPEN = ('/livez', '/readyz', '/docs', '/openapi.json')  # need no key
 _URGENT = ('/livez', '/readyz', '/health', '/metrics', '/emergency-stop', '/emergency-stop/resume')
 
@@ -637,4 +648,5 @@ def create_app(
     guard = Guard(Front(app, service), GuardedProtocol.limits, service.keys.caller, OPEN, settings.keyless, settings.cors_origins, _PAGES,
                   observer(service.meters))
     app.state.service, app.state.guard = service, guard
+    service.in_work = lambda: guard.waiting
     return _open_to(guard, settings.cors_origins)

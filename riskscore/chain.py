@@ -80,13 +80,14 @@ def link(
         raise RiskError('A field of a logged row holds a control character (U+0000 or U+001F), which would make two rows look alike. Remove it.')
     return _hmac(key, message.encode())
 
-# %% ../nbs/11_chain.ipynb #3aa9e5eb
+# %% ../nbs/11_chain.ipynb #18f70757
 def digest_content(
     salt:str, # random text that is stored and erased with the content
     content:str, # the application, as stored
+    applicant:str|None=None, # under which it is filed, so that nobody can file it elsewhere
 )->str: # 64 hexadecimal digits
     "The digest of personal data that the log holds in its place."
-    return _sha256(hashlib.sha256(), f'{salt}\n{content}'.encode()).hexdigest()
+    return _sha256(hashlib.sha256(), f'{salt}\n{content}\n{"" if applicant is None else applicant}'.encode()).hexdigest()
 
 # %% ../nbs/11_chain.ipynb #3bfa93a3
 def fingerprint(

@@ -40,7 +40,7 @@ class Change:
     before: str  # the version before; '' for none
     message: str = ''  # why it was refused
 
-# %% ../nbs/16_champion.ipynb #9f1aad73
+# %% ../nbs/16_champion.ipynb #6c8b39e2
 class Slot:
     "One place for a model, filled from a pointer."
 
@@ -64,18 +64,18 @@ class Slot:
 
     def _look(self, again: bool) -> Change | None:
         found = _signature(self.path)
-        if found == self._seen and found is not None and not again:
+        if found == self._seen and found is not None and not again and not self.problem:  # what was refused may be complete by now
             return None
         before = self.model.scorer if self.model else None
         self._seen = found
         try:
             scorer = load_bundle(self.path)
-        except RiskError as error:
-            return self._refused(str(error))
+            ready = FastScorer(scorer)
+        except Exception as error:  # whatever is wrong with it, the old one stays
+            return self._refused(str(error) if isinstance(error, RiskError) else f'{type(error).__name__} {error}')
         self.problem = ''
         if before and (scorer.version, scorer.policy.version) == (before.version, before.policy.version):
             return None
-        ready = FastScorer(scorer)
         self.model = ready
         log.info('A %s is in place.', self.role, extra={'model_version': scorer.version, 'policy_version': scorer.policy.version})
         return Change('model_loaded', self.role, scorer.version, scorer.policy.version, before.version if before else '')

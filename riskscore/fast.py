@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Application', 'Refused', 'Reader', 'Answer', 'completeness', 'FastScorer']
 
-# %% ../nbs/11_fast.ipynb #da86eb32
+# %% ../nbs/11_fast.ipynb #23a835e0
 import json
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -16,9 +16,10 @@ from typing import Annotated, Any
 import msgspec
 
 from .bundle import Scorer, score_one
+from .core import canonical_json
 from .contract import SOFT, Column, Contract, Violation, _is_null, _read_value, _text, check_record
 
-# %% ../nbs/11_fast.ipynb #ae94a684
+# %% ../nbs/11_fast.ipynb #1b0b2b0d
 @dataclass(slots=True)
 class Application:
     "An application that may be scored."
@@ -27,6 +28,7 @@ class Application:
     flags: list[tuple[str, str]]  # (column, rule) of what is unusual
     missing: list[str]  # features without a value, in the order of the contract
     applicant: str | None  # who it is about, where the contract has an id; with all its digits
+    content: str  # JSON of what was given, each field once and nulls left out: what is stored
 
 # %% ../nbs/11_fast.ipynb #13f56062
 class Refused(Exception):
@@ -69,22 +71,26 @@ def _type_of(column:Column)->Any:
         return Any
     return {'number': float, 'integer': _WHOLE, 'category': str, 'flag': str | int}[column.kind]
 
-# %% ../nbs/11_fast.ipynb #451e21a3
-def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[Any, ...]]:
-    "Gives the values of a body in the order of the columns; raises DecodeError for what it does not take."
+# %% ../nbs/11_fast.ipynb #fa8e8b86
+def _decoder(columns:Sequence[Column])->Callable[[bytes], tuple[tuple[Any, ...], bytes]]:
+    "Gives the values of a body in the order of the columns, and its content; raises DecodeError for what it does not take."
     needed = [c.required and _type_of(c) is not Any for c in columns]  # a value that is there and not null
     fields = [(f'f{i}', _type_of(c)) if need else (f'f{i}', _type_of(c) | None, None) for i, (c, need) in enumerate(zip(columns, needed, strict=True))]
     names = {f'f{i}': c.name for i, c in enumerate(columns)}
     try:
-        shape = msgspec.defstruct('Application', fields, rename=names, forbid_unknown_fields=True, kw_only=True)
+        shape = msgspec.defstruct('Application', fields, rename=names, forbid_unknown_fields=True, kw_only=True, omit_defaults=True)
     except ValueError:  # a name that it does not allow, such as one with a tab
-        def nothing(body: bytes) -> tuple[Any, ...]:
+        def nothing(body: bytes) -> tuple[tuple[Any, ...], bytes]:
             raise msgspec.DecodeError('no decoder')
         return nothing
-    decode = msgspec.json.Decoder(shape).decode
-    return lambda body: msgspec.structs.astuple(decode(body))
+    decode, encode, values = msgspec.json.Decoder(shape).decode, msgspec.json.Encoder().encode, msgspec.structs.astuple
 
-# %% ../nbs/11_fast.ipynb #512642f0
+    def read(body: bytes) -> tuple[tuple[Any, ...], bytes]:
+        found = decode(body)
+        return values(found), encode(found)
+    return read
+
+# %% ../nbs/11_fast.ipynb #680ff48e
 class Reader:
     "Reads the applications of one contract."
 
@@ -111,10 +117,10 @@ class Reader:
     ) -> Application:  # ready to score
         "Reads and checks an application; raises Refused."
         try:
-            values = self.decode(body)
+            values, content = self.decode(body)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             return self.checked(_parsed(body))
-        return _quickly(self, values) or self.checked(_parsed(body))
+        return _quickly(self, values, content) or self.checked(_parsed(body))
 
     def checked(
         self,
@@ -127,7 +133,8 @@ class Reader:
         if hard:
             raise Refused('The application does not fit the contract.', hard)
         applicant = _named(raw.get(self.contract.id.name)) if self.contract.id else None
-        return Application(typed, [(v.column, v.rule) for v in violations], _missing(self, typed), applicant)
+        content = canonical_json({name: value for name, value in raw.items() if value is not None})
+        return Application(typed, [(v.column, v.rule) for v in violations], _missing(self, typed), applicant, content)
 
 # %% ../nbs/11_fast.ipynb #211dfc6a
 def _named(raw:Any)->str|None:
@@ -160,8 +167,8 @@ def _missing(reader:Reader, typed:Mapping[str, Any])->list[str]:
     "Features without a value."
     return [name for name in reader.features if (value := typed[name]) is None or value != value]
 
-# %% ../nbs/11_fast.ipynb #fd1cb58e
-def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
+# %% ../nbs/11_fast.ipynb #c0fe59f1
+def _quickly(reader:Reader, values:tuple[Any, ...], content:bytes)->Application|None:
     "What the decoder gave, read; None where the contract refuses something."
     numbers, others = reader.numbers, reader.numbers + len(reader.texts)
     typed = [_NAN if x is None else x for x in values[:numbers]]
@@ -182,7 +189,7 @@ def _quickly(reader:Reader, values:tuple[Any, ...])->Application|None:
     if applicant and not _NAME.fullmatch(applicant):
         return None
     named = dict(zip(reader.names, typed, strict=True))
-    return Application(named, flags, _missing(reader, named), applicant)
+    return Application(named, flags, _missing(reader, named), applicant, content.decode())
 
 
 _LOOK = object()

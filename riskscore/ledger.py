@@ -85,9 +85,9 @@ class Report:
             return f'{seen}: nothing was changed or removed.'
         return f'{seen}: NOT AS WRITTEN: ' + ', '.join(f'{n:,} {kind}' for kind, n in sorted(self.counts.items())) + '.'
 
-# %% ../nbs/14_ledger.ipynb #61cf93cb
+# %% ../nbs/14_ledger.ipynb #10a78eb0
 class _Row(NamedTuple):
-    "A row of a chain; the last three are of decisions only."
+    "A row of a chain; the last four are of decisions only."
 
     seq: int
     kind: str  # decision or audit
@@ -95,8 +95,9 @@ class _Row(NamedTuple):
     mac: str
     salt: str | None = None
     content: str | None = None  # None: erased
+    applicant: str | None = None
 
-# %% ../nbs/14_ledger.ipynb #668eb202
+# %% ../nbs/14_ledger.ipynb #51545b84
 _PAGE = 1000
 
 
@@ -106,7 +107,7 @@ def _pages(store:Store, kind:str, writer:str, last:int)->Iterator[_Row]:
     names = DECISION_FIELDS if kind == 'decision' else AUDIT_FIELDS
     query = sa.select(*(table.c[name] for name in names), table.c.mac)
     if kind == 'decision':
-        query = query.add_columns(people.c.salt, people.c.content).outerjoin(people, people.c.request_id == table.c.request_id)
+        query = query.add_columns(people.c.salt, people.c.content, people.c.applicant).outerjoin(people, people.c.request_id == table.c.request_id)
     n = len(names)
     query = query.where(table.c.writer == writer, table.c.seq > sa.bindparam('after'), table.c.seq <= last).order_by(table.c.seq).limit(_PAGE)
     seq = -(1 << 62)  # a number below 1 is nothing that we wrote, and must not stay unseen
@@ -268,7 +269,7 @@ class _Answer(msgspec.Struct):
     policy_version: Any = msgspec.UNSET
     supersedes: Any = msgspec.UNSET
 
-# %% ../nbs/14_ledger.ipynb #e1e2b5b4
+# %% ../nbs/14_ledger.ipynb #46577d40
 _DECODER = msgspec.json.Decoder(_Answer)
 _REPEATED = _Answer.__struct_fields__
 _repeated = itemgetter(*map(DECISION_FIELDS.index, _REPEATED))
@@ -290,7 +291,7 @@ def _take_content(walk:_Walk, row:_Row, lacking:list[_Row])->None:
                 walk.add('columns', f'Decision {fields[_REQUEST]}: its columns and its answer differ in {listing(different, show=9)}.', row)
     if row.content is None:
         lacking.append(row)
-    elif digest_content(str(row.salt), str(row.content)) != fields[_DIGEST]:
+    elif digest_content(str(row.salt), str(row.content), row.applicant) != fields[_DIGEST]:
         walk.add('content', f'The application of decision {fields[_REQUEST]} was changed after it was decided.', row)
 
 # %% ../nbs/14_ledger.ipynb #d43f205b

@@ -52,7 +52,7 @@ def serve(
 
     ctx.exit(run(settings))
 
-# %% ../nbs/50_operate.ipynb #759610ac
+# %% ../nbs/50_operate.ipynb #a644cbdc
 _STORE = click.option('--store', help='Database URL.  [default: riskscore.db in the folder]')
 _FOLDER = click.option('--folder', help='Folder of the service.  [default: data/serving]')
 
@@ -61,6 +61,7 @@ _FOLDER = click.option('--folder', help='Folder of the service.  [default: data/
 @_FOLDER
 @_STORE
 @click.option('--replay', 'again', is_flag=True, help='Also compute every stored decision again.')
+@click.option('--request', multiple=True, help='Compute this decision again, by its request_id; may be repeated.')
 @click.option('--models', default='data/models', show_default=True, help='Folder of the bundles, for --replay.')
 @click.pass_context
 def verify(
@@ -68,6 +69,7 @@ def verify(
     folder:str|None, # of the service
     store:str|None, # database URL
     again:bool, # compute decisions again?
+    request:tuple[str, ...], # only these
     models:str, # folder of the bundles
 )->None: # prints; exit code 1 when something was found
     "Walk over the chains of the decision log. Exit code 1 when a row was changed or removed, or a decision comes out otherwise."
@@ -77,11 +79,23 @@ def verify(
     from riskscore.store import open_store
 
     settings = _settings(folder=folder, store=store)
-    log = open_store(settings.store)
-    report = walk(log, ledger_key(settings.ledger_key or '', settings.ledger_key_file), settings.anchors)
-    replayed = replay(log, bundle_finder(models)) if again else None
+    key = ledger_key(settings.ledger_key or '', settings.ledger_key_file)
+    log = open_store(_existing(settings.store))
+    report = walk(log, key, settings.anchors)
+    replayed = replay(log, bundle_finder(models), list(request) or None) if again or request else None
+    if not report.chains and report.ok:
+        raise RiskError(f'There is nothing to verify in {settings.folder}: the log has no chain, and a service that ever ran leaves one. '
+                        'Name the right folder or store.')
     click.echo('\n'.join([report.text, *_findings(report), *(_replayed(replayed) if replayed else [])]))
     ctx.exit(0 if report.ok and (replayed is None or replayed.ok) else 1)
+
+# %% ../nbs/50_operate.ipynb #b28f0f66
+def _existing(store:str)->str:
+    "The URL of a store that is there; a file is not made by looking for it."
+    path = store.removeprefix('sqlite:///')
+    if path != store and not os.path.isfile(path):
+        raise RiskError(f'There is no decision log at {path}. Name the folder of the service with --folder, or the database with --store.')
+    return store
 
 # %% ../nbs/50_operate.ipynb #b0934bff
 def _findings(
@@ -102,7 +116,7 @@ def _replayed(
     lines += [f'  - {d.request_id}: {d.name} was {d.stored}, now {d.computed}' for d in result.differences[:20]]
     return lines + [f'  - {n:,} decisions not computed: {why}' for why, n in result.missing.items()]
 
-# %% ../nbs/50_operate.ipynb #9ef8228c
+# %% ../nbs/50_operate.ipynb #5530ccaa
 @click.command(short_help='Remove the personal data of an applicant.', epilog='Example: riskscore erase 100234 --reason "request of 12 May"')
 @click.argument('applicant')
 @click.option('--reason', required=True, help='Why; it stays on the audit trail, so it must not name the applicant.')
@@ -127,7 +141,9 @@ def erase(
 
     settings = _settings(folder=folder, store=store)
     key = ledger_key(settings.ledger_key or '', settings.ledger_key_file)
-    done = erase_offline(open_store(settings.store), key, settings.anchors, applicant, actor, reason, not keep_file)
+    done = erase_offline(open_store(_existing(settings.store)), key, settings.anchors, applicant, actor, reason, not keep_file)
+    if not done.request_ids:
+        raise RiskError(f'No application of {applicant} is in the log. Is it spelt as in the applications?')
     click.echo(f'Erased {len(done.request_ids):,} applications of this applicant.' + (f' {done.left}' if done.left else ''))
     ctx.exit(1 if done.left else 0)
 

@@ -95,7 +95,7 @@ def proposed_policy(
     value, _ = journal.state('policy') or (None, 0)
     return value or None
 
-# %% ../nbs/17_operations.ipynb #7a1c69dc
+# %% ../nbs/17_operations.ipynb #b02522fe
 async def approve_policy(
     journal:Journal, # of a worker
     champion:Slot, # whose pointer is changed
@@ -112,21 +112,24 @@ async def approve_policy(
         raise problem('conflict', 'The model or its policy has changed since this was proposed. Propose it again.')
     if Path(champion.path).is_dir():
         raise problem('conflict', 'The service was started with the folder of a bundle; only a pointer such as champion.json can name another policy.')
+    policy, bundle = policy_from_dict(proposal['policy'], 'The proposed policy'), _follow(Path(champion.path))[0]
+    if policy.version != version or bundle.name != scorer.version:
+        raise problem('conflict', 'The proposal or the pointer is not what was proposed and read. Look at both, and propose again.')
     state = (journal.state('policy') or (None, 0))[1]
     await journal.note(actor, 'policy_approved', version, {'proposed_by': proposal['by'], 'before': proposal['before']}, ('policy', {}, state))
-    _put_in_force(champion.path, policy_from_dict(proposal['policy'], 'The proposed policy'))
+    _put_in_force(champion.path, bundle, policy)
     return proposal
 
-# %% ../nbs/17_operations.ipynb #45c5d3b6
-def _put_in_force(pointer:str, policy:Policy)->None:
+# %% ../nbs/17_operations.ipynb #d37fdbfa
+def _put_in_force(pointer:str, bundle:Path, policy:Policy)->None:
     "Writes the policy and names it in the pointer."
     try:
-        write_pointer(pointer, _follow(Path(pointer))[0], write_policy(Path(pointer).parent, policy))
-    except OSError as error:
-        raise RiskError(f'{Path(pointer).parent} cannot be written: {error}. The approval is on the audit trail; put it in force there with '
+        write_pointer(pointer, bundle, write_policy(Path(pointer).parent, policy))
+    except (OSError, RiskError) as error:
+        raise problem('conflict', f'{Path(pointer).parent} cannot be written: {error}. The approval is on the audit trail; put it in force there with '
                         '`riskscore policy set`.') from error
 
-# %% ../nbs/17_operations.ipynb #c46912d7
+# %% ../nbs/17_operations.ipynb #2e5c3983
 STALE = 5.0  # seconds without a look at the store after which a worker says that it is not ready
 
 
@@ -139,7 +142,8 @@ def health(
     "How a worker is."
     looked = time.monotonic() - journal.looked_at
     problems = [] if champion.model else ['no model is in place']
-    problems += [] if looked < STALE or journal.depth else [f'the store was last seen {looked:.0f} s ago']
+    problems += [] if looked < STALE else [f'the store was last seen {looked:.0f} s ago']
+    problems += [journal.problem] if journal.problem else []
     free = shutil.disk_usage(folder if os.path.isdir(folder) else '.').free
     return {'ready': not problems, 'problems': problems, 'model_version': champion.model.scorer.version if champion.model else None,
             'model_problem': champion.problem or None, 'store_seen_seconds': round(looked, 3), 'waiting': journal.depth, 'disk_free_bytes': free,

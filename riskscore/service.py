@@ -6,12 +6,12 @@
 __all__ = ['log', 'PURPOSES', 'RETRY_STORE', 'WATCH', 'Outcome', 'Work', 'entry_of', 'refused_counts', 'problem_of', 'Service',
            'predict', 'predict_block']
 
-# %% ../nbs/17_service.ipynb #4e492d19
+# %% ../nbs/17_service.ipynb #920bdefd
 import asyncio
 import logging
 import signal
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from multiprocessing import parent_process
@@ -29,7 +29,7 @@ from .problems import Problem, problem, refusal
 from .settings import Settings, keys_text
 from .store import Store, StoreUnavailable, open_store
 
-# %% ../nbs/17_service.ipynb #2e919d8b
+# %% ../nbs/17_service.ipynb #1c744bb7
 log = logging.getLogger(__name__)
 PURPOSES = ('decision', 'what_if', 'backtest')
 RETRY_STORE = 2.0  # seconds after which to try again
@@ -43,16 +43,19 @@ class Work(NamedTuple):
     explain: bool = True  # with reasons?
     key: str | None = None  # idempotency key
     batch: str | None = None  # batch that it belongs to
+    caller: str = ''  # who asks: keys of two callers are two keys
 
-# %% ../nbs/17_service.ipynb #392194aa
+# %% ../nbs/17_service.ipynb #ea338e80
 def _counts(work:Work, answer:Any)->tuple[tuple[str, str], ...]:
     "What the open monitoring window counts of an answer; only decisions are watched."
     if work.purpose != 'decision':
         return (('requests', work.purpose),)
+    if answer.status == 'stopped':  # counted when it is scored after the stop
+        return (('requests', 'stopped'),)
     flags = tuple(('flag', f"{f['column']} {f['rule']}") for f in answer.flags)
     return (('requests', 'decision'), ('decisions', answer.decision), *flags)
 
-# %% ../nbs/17_service.ipynb #f2c3affd
+# %% ../nbs/17_service.ipynb #b35c8925
 def entry_of(
     champion:FastScorer, # the model that answers
     work:Work, # the request
@@ -66,8 +69,9 @@ def entry_of(
     answer = champion.referred(application, request_id, received_at) if stopped else \
         champion.answer(application, request_id, received_at, work.purpose, work.explain)
     finger = fingerprint(key, work.purpose.encode() + b'\n' + work.body) if work.key else None
+    named = fingerprint(key, f'{work.caller}\n{work.key}'.encode()) if work.key else None  # a client may have put a name into it
     return Entry(request_id, received_at, work.purpose, answer.status, answer.decision, answer.pd, answer.score, answer.model_version, answer.policy_version,
-                 answer.to_json(), work.key, None, work.batch, application.applicant, work.body.decode(), finger, _counts(work, answer))
+                 answer.to_json(), named, None, work.batch, application.applicant, application.content, finger, _counts(work, answer))
 
 # %% ../nbs/17_service.ipynb #58806a85
 def refused_counts(
@@ -78,7 +82,7 @@ def refused_counts(
     items = {f"{v.column if v.column in known else 'other'} {v.rule}" for v in refused.violations}
     return [('refused_requests', ''), *(('refused', item) for item in sorted(items or {'body unreadable'}))]
 
-# %% ../nbs/17_service.ipynb #928e1809
+# %% ../nbs/17_service.ipynb #5e53ae03
 def problem_of(
     error:Exception, # what went wrong with one request
     request_id:str='', # its name, where it has one
@@ -96,10 +100,11 @@ def problem_of(
     if isinstance(error, Overloaded):
         return problem('overload', 'Too many answers wait to be stored. Try again in a second.', retry_after=1, **more)
     if isinstance(error, StoreUnavailable):
-        return problem('store', 'Nothing was decided and nothing was stored. Try again with the same idempotency key.', retry_after=RETRY_STORE, **more)
+        return problem('store', 'The decision log does not answer, so no decision was made known. Send it again with the same idempotency key.',
+                       retry_after=RETRY_STORE, **more)
     raise error
 
-# %% ../nbs/17_service.ipynb #f1bb43b7
+# %% ../nbs/17_service.ipynb #42fd93da
 WATCH = 1.0  # seconds between looks at the pointers
 _SHADOW = 1024  # applications that wait for the challenger at most
 
@@ -122,6 +127,7 @@ class _Parts:
         self.started_at, self.ready, self.shadow_scored, self.shadow_dropped = now(), False, 0, 0
         self.waiting_shadow: deque[tuple[str, str]] = deque()
         self.unrecorded: deque[Change] = deque()
+        self.in_work: Callable[[], int] = lambda: 0  # requests in work, as whoever guards the service knows
         self._tasks: list[asyncio.Task[None]] = []
 
     @property
@@ -130,6 +136,12 @@ class _Parts:
         if self.champion.model is None:
             raise problem('starting', 'There is no model in place.', retry_after=5)
         return self.champion.model
+
+    def show(self) -> None:
+        "States of this worker, for the meters; each worker shows its own."
+        self.meters.state('waiting', self.journal.depth)
+        self.meters.state('stopped', self.journal.stopped)
+        self.meters.state('in_work', self.in_work())
 
     @property
     def slots(self) -> list[Slot]:
@@ -179,7 +191,7 @@ class Service(_Parts):
                 self.unrecorded.appendleft(change)
                 raise
 
-# %% ../nbs/17_service.ipynb #2cf67389
+# %% ../nbs/17_service.ipynb #fbe00721
 async def _watch(service:Service)->None:
     "Looks at the pointers, and after the supervisor, until the service ends; a fault is logged and the next look comes."
     while True:
@@ -188,6 +200,10 @@ async def _watch(service:Service)->None:
         if (supervisor := parent_process()) and not supervisor.is_alive():
             log.error('The supervisor is gone: the worker ends, so that the service can be started again.')
             return signal.raise_signal(signal.SIGTERM)
+        if service.journal.problem:
+            log.critical('The worker ends: %s.', service.journal.problem)
+            return signal.raise_signal(signal.SIGTERM)
+        service.show()
         try:
             await service.refresh()
         except Exception:
@@ -232,7 +248,7 @@ def _read(service:Service, model:FastScorer, work:Work)->Application:
             service.journal.count(counts)
         raise
 
-# %% ../nbs/17_service.ipynb #91807f9c
+# %% ../nbs/17_service.ipynb #c92d0e66
 _TURN = 8  # rows between turns of the loop
 
 Outcome = tuple[Answer, Entry] | Refused | KeyReused | Overloaded | StoreUnavailable
@@ -241,9 +257,10 @@ Outcome = tuple[Answer, Entry] | Refused | KeyReused | Overloaded | StoreUnavail
 async def predict_block(
     service:Service, # the worker
     works:Sequence[Work], # the requests
+    model:FastScorer, # all of them are answered by
 )->list[Outcome]: # of each its answer and entry, or why there is none
     "Answers many applications."
-    model, outcomes = service.model, dict[int, Any]()
+    outcomes = dict[int, Any]()
     open_: dict[int, tuple[Application, str, str]] = {}
     for i, work in enumerate(works):
         try:
@@ -269,11 +286,11 @@ async def _entry(service:Service, model:FastScorer, work:Work, application:Appli
         await asyncio.sleep(0)
     return entry_of(model, work, application, service.journal.stopped and work.purpose == 'decision', service.key, request_id, received_at)
 
-# %% ../nbs/17_service.ipynb #49e3fd04
+# %% ../nbs/17_service.ipynb #ae6a829b
 async def _stored(service:Service, entries:Mapping[int, Entry])->dict[int, Answer|Exception]:
-    "Stores the rows that are to be decided; the others are answered as they are."
+    "Stores the rows that are to be decided, or have a key; the others are answered as they are."
     try:
-        decided = {i: e for i, e in entries.items() if e.purpose == 'decision'}
+        decided = {i: e for i, e in entries.items() if e.purpose == 'decision' or e.idempotency}
         found: list[Answer | Exception] = await service.journal.put_many(list(decided.values())) if decided else []
     except (Overloaded, StoreUnavailable) as error:
         found = [error] * len(decided)

@@ -13,7 +13,7 @@ import sqlalchemy as sa
 from running_service import Client, Told
 from small_bundle import applications
 
-from riskscore.chain import ledger_key
+from riskscore.chain import fingerprint, ledger_key
 from riskscore.ledger import Report, verify
 from riskscore.store import open_store
 
@@ -138,11 +138,17 @@ def tables(folder: Path, url: str = '') -> dict[str, list[dict[str, Any]]]:
     return found
 
 
+def meant(text: str | bytes) -> str:
+    "What an application says, however it is written: each field once, without nulls, 5 as 5.0."
+    given = {k: float(v) if type(v) is int else v for k, v in json.loads(text).items() if v is not None}
+    return json.dumps(given, sort_keys=True)
+
+
 def check_log(folder: Path, sent: list[Sent], url: str = '') -> dict[str, list[dict[str, Any]]]:
     "Every answer is in the log as it was sent, the chains are whole, and there is nothing half or double; gives the rows."
     report = walk(folder, url)
     assert report.ok, [report.text, *report.findings[:5]]
-    rows = tables(folder, url)
+    rows, secret = tables(folder, url), ledger_key(path=folder / 'ledger.key')
     decisions = {row['request_id']: row for row in rows['decisions']}
     people = {row['request_id']: row for row in rows['applications']}
     assert len(decisions) == len(rows['decisions']) and set(decisions) == set(people)
@@ -152,11 +158,11 @@ def check_log(folder: Path, sent: list[Sent], url: str = '') -> dict[str, list[d
     for s in sent:
         if s.status == 200:
             answer = s.told.json['request_id']
-            assert decisions[answer]['answer'].encode() == s.told.body and people[answer]['content'].encode() == s.body
-            assert decisions[answer]['idempotency'] == s.key
-    stored = Counter(row['content'].encode() for row in rows['applications'])
-    tried = Counter(s.body for s in sent)
+            assert decisions[answer]['answer'].encode() == s.told.body and meant(people[answer]['content']) == meant(s.body)
+            assert decisions[answer]['idempotency'] == (s.key and fingerprint(secret, f'local\n{s.key}'.encode()))
+    stored = Counter(meant(row['content']) for row in rows['applications'])
+    tried = Counter(meant(s.body) for s in sent)
     assert not stored - tried, 'an application is stored more often than it was sent'
-    keyed = {s.body for s in sent if s.key}
+    keyed = {meant(s.body) for s in sent if s.key}
     assert all(n == 1 for body, n in stored.items() if body in keyed), 'an application with a key is stored twice'
     return rows

@@ -34,9 +34,16 @@ def read_both(reader: Reader, record: dict) -> Application | None:
     try:
         found = reader.read(body)
     except Refused as refused:
-        assert [(v.column, v.rule) for v in refused.violations] == hard and hard
+        if '\\ud' in body.decode() and not refused.violations:  # half of a surrogate pair is no text at all
+            with pytest.raises(UnicodeEncodeError):
+                json.dumps(record, ensure_ascii=False, default=repr).encode()
+        else:
+            assert [(v.column, v.rule) for v in refused.violations] == hard and hard
         return None
     assert not hard
+    again = check_record(reader.contract, json.loads(found.content))
+    assert not again[1] or sorted((v.column, v.rule) for v in again[1]) == sorted(found.flags)
+    assert {n: bits(v) for n, v in again[0].items()} == {n: bits(v) for n, v in typed.items()}  # what is stored is what was read
     assert {n: bits(v) for n, v in found.typed.items()} == {n: bits(v) for n, v in typed.items()}
     assert sorted(found.flags) == sorted((v.column, v.rule) for v in violations)
     known = reader.contract.id and record.get(reader.contract.id.name)

@@ -99,7 +99,7 @@ def stored(place):
     applications = {r['request_id']: r for r in rows['applications']}
     assert set(applications) == {r['request_id'] for r in rows['decisions']} and len(applications) == len(rows['decisions'])
     for row in rows['decisions']:
-        assert row['content_digest'] == digest_content(applications[row['request_id']]['salt'], applications[row['request_id']]['content'])
+        assert row['content_digest'] == digest_content(*(applications[row['request_id']][name] for name in ('salt', 'content', 'applicant')))
     return rows
 
 

@@ -67,7 +67,8 @@ class Log:
         said = {'request_id': new_id(), 'received_at': now(), 'status': 'scored', 'pd': pd, 'score': 600, 'decision': 'refer', 'model_version': 'm1',
                 'policy_version': 'p1', 'supersedes': None}
         content = canonical_json({'income': pd, 'name': applicant})
-        row = {**said, 'content_digest': digest_content('salt', content), 'answer': canonical_json(said), 'idempotency': None, 'batch': 'b1'} | changes
+        digest = digest_content('salt', content, applicant)
+        row = {**said, 'content_digest': digest, 'answer': canonical_json(said), 'idempotency': None, 'batch': 'b1'} | changes
         self.put('applications', {'request_id': said['request_id'], 'salt': 'salt', 'content': content, 'applicant': applicant})
         return self.add(writer, 'decision', row, key, anchored)
 

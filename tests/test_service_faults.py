@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import pytest
 from running_service import Running, service, start
-from service_load import ROWS, Load, Sent, check_log, eventually, resend, tables, walk
+from service_load import ROWS, Load, Sent, check_log, eventually, meant, resend, tables, walk
 from small_bundle import small_bundle
 from test_postgres import cluster, place  # noqa: F401
 
@@ -206,8 +206,8 @@ def check_refusals(folder: Path, load: Load) -> None:
         assert s.told.headers['content-type'] == 'application/problem+json' and float(s.told.headers['retry-after']) > 0, s.told
         assert s.told.json['type'].rpartition('/')[2] in ('store', 'overload') and s.told.json['status'] == 503
     rows = check_log(folder, load.sent)
-    stored = {row['content'].encode() for row in rows['applications']}
-    assert len(rows['applications']) == len(load.answered) and not stored & {s.body for s in refused}
+    stored = {meant(row['content']) for row in rows['applications']}
+    assert len(rows['applications']) == len(load.answered) and not stored & {meant(s.body) for s in refused}
     counted = sum(row['n'] for row in rows['windows'] if row['name'] == 'requests' and row['item'] == 'decision')
     assert counted == len(load.answered)  # what was rolled back is not counted either
 
@@ -322,7 +322,7 @@ def test_a_worker_dies_and_the_others_go_on(pair):
     assert len(running.workers()) == 2 and victim not in running.workers()
     assert set(load.statuses) == {0, 200}
     broken = Counter(s.client for s in load.sent if s.status == 0)
-    assert max(broken.values()) == 1, broken  # once each, those of the dead one; a new connection was never refused
+    assert max(broken.values(), default=0) <= 1, broken  # once each, those of the dead one; a new connection was never refused
     assert {s.error for s in load.sent if s.status == 0} <= BROKEN
     sent += load.sent
     rows = check_log(running.folder, sent)

@@ -408,7 +408,7 @@ def _document(bundle:Path, name:str)->str|None:
     except RiskError:
         return None
 
-# %% ../nbs/18_api.ipynb #f4e19875
+# %% ../nbs/18_api.ipynb #76350d5f
 @router.get('/model', tags=['model'], operation_id='get_model')
 def _model(service:ServiceOf, caller:Anybody)->dict[str, Any]:
     "The champion: version, digests, contract, policy, card; and the challenger, with how it agrees."
@@ -421,7 +421,7 @@ def _model(service:ServiceOf, caller:Anybody)->dict[str, Any]:
     return {'model_version': scorer.version, 'family': scorer.predictor.family, 'contract': scorer.contract.name, 'contract_digest': scorer.contract.digest,
             'features': len(scorer.plan.names), 'policy': policy, 'digests': manifest['files'] if same else None,
             'metadata': scorer.metadata, 'explains': scorer.reasons is not None,
-            'card': _document(directory, 'card.md') if same else None, 'challenger': counts | shadow_summary(service.store, other) if other else None,
+            'card': _document(directory, 'card.md') if same else None, 'challenger': counts | (shadow_summary(service.store, other) if caller.may('operate') else {}) if other else None,
             'problem': service.champion.problem or None}
 
 # %% ../nbs/18_api.ipynb #e3bc622b
@@ -532,7 +532,7 @@ async def _health_page(request:Request, caller:Anybody)->dict[str, Any]:
     "How it is: model, store, queue, disk, stop."
     return _health(request.app.state.service)
 
-# %% ../nbs/18_api.ipynb #7e1fbf57
+# %% ../nbs/18_api.ipynb #e6bf86bc
 @router.get('/metrics', tags=['health'], operation_id='metrics', response_class=PlainTextResponse)
 async def _metrics(request:Request, caller:Anybody)->Response:
     "For Prometheus: requests, latency, decisions, scores, refusals, reviews, stop, queue, model; of all workers."
@@ -541,7 +541,7 @@ async def _metrics(request:Request, caller:Anybody)->Response:
         service.meters.count('cut', what, n=n)
     GuardedProtocol.counts.clear()
     if service.ready:
-        service.show()
+        service.report()
     body, kind = await asyncio.to_thread(metrics_page, service.meters)
     return Response(body, media_type=kind)
 

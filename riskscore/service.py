@@ -104,7 +104,7 @@ def problem_of(
                        retry_after=RETRY_STORE, **more)
     raise error
 
-# %% ../nbs/17_service.ipynb #42fd93da
+# %% ../nbs/17_service.ipynb #5f8fbc75
 WATCH = 1.0  # seconds between looks at the pointers
 _SHADOW = 1024  # applications that wait for the challenger at most
 
@@ -137,7 +137,7 @@ class _Parts:
             raise problem('starting', 'There is no model in place.', retry_after=5)
         return self.champion.model
 
-    def show(self) -> None:
+    def report(self) -> None:
         "States of this worker, for the meters; each worker shows its own."
         self.meters.state('waiting', self.journal.depth)
         self.meters.state('stopped', self.journal.stopped)
@@ -191,7 +191,7 @@ class Service(_Parts):
                 self.unrecorded.appendleft(change)
                 raise
 
-# %% ../nbs/17_service.ipynb #fbe00721
+# %% ../nbs/17_service.ipynb #81e7df6c
 async def _watch(service:Service)->None:
     "Looks at the pointers, and after the supervisor, until the service ends; a fault is logged and the next look comes."
     while True:
@@ -203,7 +203,7 @@ async def _watch(service:Service)->None:
         if service.journal.problem:
             log.critical('The worker ends: %s.', service.journal.problem)
             return signal.raise_signal(signal.SIGTERM)
-        service.show()
+        service.report()
         try:
             await service.refresh()
         except Exception:

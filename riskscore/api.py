@@ -408,7 +408,13 @@ def _document(bundle:Path, name:str)->str|None:
     except RiskError:
         return None
 
-# %% ../nbs/18_api.ipynb #76350d5f
+# %% ../nbs/18_api.ipynb #0c18e40a
+def _compared(service:Service, version:str, caller:Caller)->dict[str, Any]:
+    "The challenger; how it agrees is asked of the whole log, so that only operators may."
+    counts = {'model_version': version, 'scored': service.shadow_scored, 'dropped': service.shadow_dropped}
+    return counts | shadow_summary(service.store, version) if caller.may('operate') else counts
+
+# %% ../nbs/18_api.ipynb #a5ff5a1c
 @router.get('/model', tags=['model'], operation_id='get_model')
 def _model(service:ServiceOf, caller:Anybody)->dict[str, Any]:
     "The champion: version, digests, contract, policy, card; and the challenger, with how it agrees."
@@ -416,12 +422,11 @@ def _model(service:ServiceOf, caller:Anybody)->dict[str, Any]:
     manifest = json.loads((directory / 'manifest.json').read_text())
     same = directory.name == scorer.version
     other = service.challenger.model.scorer.version if service.challenger and service.challenger.model else None
-    counts = {'model_version': other, 'scored': service.shadow_scored, 'dropped': service.shadow_dropped}
     policy = {k: getattr(scorer.policy, k) for k in ('version', 'approve_below', 'decline_from', 'note')}
     return {'model_version': scorer.version, 'family': scorer.predictor.family, 'contract': scorer.contract.name, 'contract_digest': scorer.contract.digest,
             'features': len(scorer.plan.names), 'policy': policy, 'digests': manifest['files'] if same else None,
             'metadata': scorer.metadata, 'explains': scorer.reasons is not None,
-            'card': _document(directory, 'card.md') if same else None, 'challenger': counts | (shadow_summary(service.store, other) if caller.may('operate') else {}) if other else None,
+            'card': _document(directory, 'card.md') if same else None, 'challenger': _compared(service, other, caller) if other else None,
             'problem': service.champion.problem or None}
 
 # %% ../nbs/18_api.ipynb #e3bc622b

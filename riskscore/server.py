@@ -54,7 +54,15 @@ def server_config(
                   server_header=False, proxy_headers=False, backlog=4096, timeout_keep_alive=max(1, round(settings.keep_alive)),
                   timeout_graceful_shutdown=max(1, round(settings.shutdown_timeout)))
 
-# %% ../nbs/19_server.ipynb #941ebfc5
+# %% ../nbs/19_server.ipynb #3b338e16
+def _forget(workers:set[int|None])->None:
+    "Removes the empty counters of workers that never began; those of a worker that answered stay, so that sums do not fall."
+    folder = os.environ.get('PROMETHEUS_MULTIPROC_DIR')
+    for path in Path(folder).glob('*.db') if folder else ():
+        if path.stem.rpartition('_')[2] in {str(pid) for pid in workers}:
+            path.unlink(missing_ok=True)
+
+# %% ../nbs/19_server.ipynb #3e09c346
 _AGAIN = 5.0  # seconds between tries
 
 
@@ -76,6 +84,7 @@ class _Supervisor(Multiprocess):
         self.failed = not any(p.is_ready() for p in others)
         if not self.failed:
             log.error('A worker could not begin; %d go on, and it is tried again in %d seconds.', len(others), _AGAIN)
+            _forget({p.pid for p in self.processes if p not in others})
             self.processes, self.again_at = others, time.monotonic() + _AGAIN
             self.should_exit.clear()
 

@@ -529,11 +529,11 @@ def _note(book:_Book, note:_Note)->int|Exception:
                 return error
     raise AssertionError('unreachable')
 
-# %% ../nbs/13_journal.ipynb #96ac1575
+# %% ../nbs/13_journal.ipynb #bf52fb98
 class _Checkpoints(threading.Thread):
     "Copies SQLite's log back into the database."
 
-    def __init__(self, store: Store, limit: int = 64 << 20, every: float = 0.2):
+    def __init__(self, store: Store, limit: int = 64 << 20, every: float = 1.0):  # more often costs the commits their 99th percentile
         super().__init__(name='riskscore-checkpoints', daemon=True)
         self.store, self.limit, self.every, self.stop = store, limit, every, threading.Event()
         self.connection: Any = None

@@ -305,9 +305,19 @@ def writers(folder: Path, table: str) -> set[str]:
         return {writer for writer, in connection.execute(f'SELECT DISTINCT writer FROM {table}')}
 
 
+def until_decided(running: Running, chains: set[str]) -> list[Sent]:
+    "Sends on new connections, each of which is served by any worker, until all of these chains have decided."
+    sent = []
+    while not chains <= writers(running.folder, 'decisions'):
+        sent.append(Sent(json.dumps(ROWS[0]).encode(), None, -1, time.monotonic()))
+        sent[-1].told = resend(running.port, sent[-1])
+    return sent
+
+
 def test_a_worker_dies_and_the_others_go_on(pair):
     running, sent = pair
     workers_of(running)  # both have begun
+    sent += until_decided(running, writers(running.folder, 'chains'))
     with Load(running.port, name='dies-', first=20_000, clients=10) as load:
         load.reach(100)
         before, seen, old = running.workers(), answers_counted(running), writers(running.folder, 'chains')
@@ -315,10 +325,7 @@ def test_a_worker_dies_and_the_others_go_on(pair):
         os.kill(victim, signal.SIGKILL)
         load.reach(100)
         new, = eventually(lambda: writers(running.folder, 'chains') - old)
-        while new not in writers(running.folder, 'decisions'):  # a new connection is served by either
-            one = Sent(json.dumps(ROWS[0]).encode(), None, -1, time.monotonic())
-            one.told = resend(running.port, one)
-            load.sent.append(one)
+        load.sent += until_decided(running, {new})
     assert len(running.workers()) == 2 and victim not in running.workers()
     assert set(load.statuses) == {0, 200}
     broken = Counter(s.client for s in load.sent if s.status == 0)

@@ -53,7 +53,9 @@ def ask_all(running, records: list[dict], places: range) -> dict[int, tuple | No
     def work(mine):
         client = running.client()
         for i in mine:
-            told = client.post('/predict?purpose=backtest&explain=false', json.dumps(records[i], default=str).encode(), Content_Type='application/json')
+            record = {n: None if v != v else v for n, v in records[i].items()}  # a file may say `nan` for null, which JSON cannot
+            body = json.dumps(record, default=str, allow_nan=False).encode()
+            told = client.post('/predict?purpose=backtest&explain=false', body, Content_Type='application/json')
             assert told.status in (200, 422), told
             found[i] = (told.json['pd'], told.json['decision']) if told.status == 200 else None
         client.close()

@@ -74,7 +74,7 @@ class Running(NamedTuple):
 
     def workers(self) -> list[int]:
         "Process ids of the worker processes below the supervisor."
-        found = subprocess.run(['ps', '--ppid', str(self.process.pid), '-o', 'pid=,args='], capture_output=True, text=True).stdout
+        found = subprocess.run(['ps', '-ww', '--ppid', str(self.process.pid), '-o', 'pid=,args='], capture_output=True, text=True).stdout
         return [int(line.split()[0]) for line in found.splitlines() if 'spawn_main' in line]
 
     def kill(self) -> None:

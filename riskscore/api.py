@@ -627,7 +627,7 @@ def _open_to(app:Any, origins:Sequence[str])->Any:
     return CORSMiddleware(app, allow_origins=origins, allow_methods=['GET', 'POST'], allow_headers=['Authorization', 'X-API-Key', 'Idempotency-Key'],
                           expose_headers=['X-Request-Id', 'Idempotent-Replay', 'Retry-After'])
 
-# %% ../nbs/18_api.ipynb #934e7c0d
+# %% ../nbs/18_api.ipynb #c985bd19
 OPEN = ('/livez', '/readyz', '/docs', '/openapi.json')  # need no key
 _URGENT = ('/livez', '/readyz', '/health', '/metrics', '/emergency-stop', '/emergency-stop/resume')
 
@@ -652,6 +652,6 @@ def create_app(
     GuardedProtocol.limits = limits_of(settings, ['/predict_batch'], _URGENT)
     guard = Guard(Front(app, service), GuardedProtocol.limits, service.keys.caller, OPEN, settings.keyless, settings.cors_origins, _PAGES,
                   observer(service.meters))
-    app.state.service, app.state.guard = service, guard
+    app.state.service = service
     service.in_work = lambda: guard.waiting
     return _open_to(guard, settings.cors_origins)

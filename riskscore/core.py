@@ -140,8 +140,8 @@ def _replace(temporary:Path, path:Path)->None:
         try:
             os.replace(temporary, path)
             return
-        except OSError:
-            if not temporary.is_dir() or not path.exists():
+        except OSError as error:  # that it was taken says the error: a look now may come between another writer's two renames
+            if not temporary.is_dir() or error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
                 raise
         _swap(temporary, path)
         if not temporary.exists():

@@ -378,25 +378,31 @@ class Program:
         results[~np.isfinite(results)] = np.nan
         return results
 
-# %% ../nbs/02_expressions.ipynb #db032773
+# %% ../nbs/02_expressions.ipynb #f33e7868
 def compile_program(
     expressions:Iterable[Expr], # what to compute, in order
     inputs:Sequence[tuple[Any, ...]], # keys of the leaves that are given, in order of their rows
 )->Program: # ready to run
     "Compiles expressions into few numpy calls."
     roots = list(expressions)
-    nodes = _unique_nodes(roots)
-    slot = {key: i for i, key in enumerate(inputs)}
-    numbers = [key for key, node in nodes.items() if node.op == 'number']
-    slot |= {key: len(inputs) + i for i, key in enumerate(numbers)}
+    nodes, numbers, slot = _placed(roots, inputs)
     steps = []
     for (_, op), group in _generations(nodes).items():
-        first = len(slot)
-        slot |= {key: first + i for i, key in enumerate(group)}
         operands = [_slots([slot[nodes[key].args[i].key] for key in group]) for i in range(OPERATIONS[op][0])]
-        steps.append((OPERATIONS[op][1], slice(first, len(slot)), operands))
+        steps.append((OPERATIONS[op][1], slice(slot[group[0]], slot[group[-1]] + 1), operands))
     outputs = np.array([slot[root.key] for root in roots], dtype=np.intp)
-    return Program(len(inputs), np.array([key[1] for key in numbers], dtype=np.float64), steps, outputs, len(slot))
+    return Program(len(inputs), np.array(numbers, dtype=np.float64), steps, outputs, len(slot))
+
+# %% ../nbs/02_expressions.ipynb #32e23bb3
+def _placed(
+    roots:list[Expr], # what is computed
+    inputs:Sequence[tuple[Any, ...]], # keys of the leaves that are given, in order of their rows
+)->tuple[dict[tuple[Any, ...], Expr], list[float], dict[tuple[Any, ...], int]]: # all distinct nodes, the constants, and the slot of each key
+    "Where everything goes: the inputs first, then the constants, then what is computed, generation by generation."
+    nodes = _unique_nodes(roots)
+    numbers = [key for key, node in nodes.items() if node.op == 'number']
+    computed = [key for group in _generations(nodes).values() for key in group]
+    return nodes, [float(key[1]) for key in numbers], {key: i for i, key in enumerate([*inputs, *numbers, *computed])}
 
 # %% ../nbs/02_expressions.ipynb #e4a72cae
 def _unique_nodes(roots:Iterable[Expr])->dict[tuple[Any, ...], Expr]:

@@ -42,10 +42,9 @@ class Refused(Exception):
         super().__init__(message)
         self.message, self.violations = message, list(violations)
 
-# %% ../nbs/11_fast.ipynb #80153d50
+# %% ../nbs/11_fast.ipynb #8ef35c2d
 _NAN = float('nan')
 _WHOLE = Annotated[float, msgspec.Meta(multiple_of=1)]
-_REFUSED = object()
 
 
 def _limits(column:Column)->tuple[float, float]:

@@ -148,13 +148,13 @@ class _Parts:
         "Places for models."
         return [slot for slot in (self.champion, self.challenger) if slot]
 
-# %% ../nbs/17_service.ipynb #a99a5347
+# %% ../nbs/17_service.ipynb #851081ea
 class Service(_Parts):
     "One worker of the scoring service."
 
     async def start(self) -> None:
         "Opens store, journal and models; RiskError when there is no model to answer with."
-        changes = [c for c in [await asyncio.to_thread(slot.refresh) for slot in self.slots] if c]
+        changes = await self._look()
         if self.champion.model is None:
             raise RiskError(self.champion.problem)
         self.store = await asyncio.to_thread(open_store, self.settings.store, min(5.0, self.settings.request_timeout / 2))
@@ -175,9 +175,12 @@ class Service(_Parts):
 
     async def refresh(self, again: bool = False) -> list[Change]:
         "Looks at the pointers; what changed is on the audit trail."
-        changes = [c for c in [await asyncio.to_thread(slot.refresh, again) for slot in self.slots] if c]
+        changes = await self._look(again)
         await self._record(changes)
         return changes
+
+    async def _look(self, again: bool = False) -> list[Change]:
+        return [c for c in [await asyncio.to_thread(slot.refresh, again) for slot in self.slots] if c]
 
     async def _record(self, changes: list[Change]) -> None:
         for change in changes:
@@ -248,7 +251,7 @@ def _read(service:Service, model:FastScorer, work:Work)->Application:
             service.journal.count(counts)
         raise
 
-# %% ../nbs/17_service.ipynb #c92d0e66
+# %% ../nbs/17_service.ipynb #f5cf34d2
 _TURN = 8  # rows between turns of the loop
 
 Outcome = tuple[Answer, Entry] | Refused | KeyReused | Overloaded | StoreUnavailable
@@ -263,6 +266,8 @@ async def predict_block(
     outcomes = dict[int, Any]()
     open_: dict[int, tuple[Application, str, str]] = {}
     for i, work in enumerate(works):
+        if i % _TURN == 0:
+            await asyncio.sleep(0)
         try:
             open_[i] = _read(service, model, work), new_id(), now()
         except Refused as refused:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Single', 'compile_single']
 
-# %% ../nbs/03_single.ipynb #2adf08b3
+# %% ../nbs/03_single.ipynb #6273cd99
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from .expressions import Expr, _generations, _unique_nodes
+from .expressions import Expr, _generations, _placed
 
 # %% ../nbs/03_single.ipynb #73b897fd
 _NAN = float('nan')
@@ -125,22 +125,16 @@ class Single:
             operation(values, nodes)
         return self.pick(values)
 
-# %% ../nbs/03_single.ipynb #94d95012
+# %% ../nbs/03_single.ipynb #dfa51220
 def compile_single(
     expressions:Iterable[Expr], # what to compute, in order
     inputs:Sequence[tuple[Any, ...]], # keys of the leaves that are given, in order
 )->Single: # ready to run
     "Compiles expressions for one row at a time."
     roots = list(expressions)
-    nodes = _unique_nodes(roots)
-    slot = {key: i for i, key in enumerate(inputs)}
-    numbers = [key for key, node in nodes.items() if node.op == 'number']
-    slot |= {key: len(slot) + i for i, key in enumerate(numbers)}
-    first, steps = len(slot), []
-    for (_, op), group in _generations(nodes).items():
-        slot |= {key: len(slot) + i for i, key in enumerate(group)}
-        steps.append((_RUN[op], [(slot[key], *(slot[a.key] for a in nodes[key].args)) for key in group]))
-    return Single([float(key[1]) for key in numbers], steps, _picker([slot[root.key] for root in roots]), [0.0] * (len(slot) - first))
+    nodes, numbers, slot = _placed(roots, inputs)
+    steps = [(_RUN[op], [(slot[key], *(slot[a.key] for a in nodes[key].args)) for key in group]) for (_, op), group in _generations(nodes).items()]
+    return Single(numbers, steps, _picker([slot[root.key] for root in roots]), [0.0] * (len(slot) - len(inputs) - len(numbers)))
 
 # %% ../nbs/03_single.ipynb #b5a34edc
 def _picker(places:Sequence[int])->Callable[[list[float]], Sequence[float]]:

@@ -28,9 +28,10 @@ from .predictors import FORMATS, Predictor, load_predictor
 from .reasons import REASON_LIMIT, Mixture, Reasons, explain, mixture, reasons_from_dict, reasons_to_dict, with_knockouts
 from .rows import Margin, Parts, row_calls, row_judge, row_pd, row_points
 
-# %% ../nbs/09_bundle.ipynb #fad33697
+# %% ../nbs/09_bundle.ipynb #54264e8b
 BUNDLE_FORMAT = 2
 _FILES = ('plan.json', 'calibration.json', 'policy.json', 'contract.json', 'metadata.json')
+_OPTIONAL = {'reasons.json', 'drift.bin', 'performance.json'}
 
 
 def write_bundle(
@@ -44,13 +45,17 @@ def write_bundle(
     run:Mapping[str, Any], # facts of this run only
     reasons:Reasons|None=None, # what is usual among the approved; without it the bundle cannot explain
     recourse:Mapping[str, Any]|None=None, # what applicants can change, as Recourse.to_dict gives it
+    drift:bytes|None=None, # what applications looked like in history, as DriftReference.to_bytes gives it
+    performance:Mapping[str, Any]|None=None, # how well pds foretold outcomes in history, as performance_reference gives it
 )->Path: # the bundle's directory, named after its version
     "Writes a bundle; it appears complete or not at all."
     texts = {'plan.json': plan_to_json(plan), 'calibration.json': canonical_json(asdict(calibration)), 'policy.json': canonical_json(policy.to_dict()),
              'contract.json': contract.to_json(), 'metadata.json': canonical_json(metadata)}
     if reasons:
         texts['reasons.json'] = canonical_json({'reasons': reasons_to_dict(reasons), 'recourse': recourse})
+    texts |= {'performance.json': canonical_json(performance)} if performance else {}
     content = {FORMATS[predictor.family].file: predictor.to_bytes(), **{name: text.encode() for name, text in texts.items()}}
+    content |= {'drift.bin': drift} if drift else {}
     manifest = {'format': BUNDLE_FORMAT, 'family': predictor.family, 'files': {name: digest_bytes(data) for name, data in content.items()}}
     content['manifest.json'] = canonical_json(manifest).encode()
     path = Path(models) / _version(content['manifest.json'])
@@ -73,7 +78,7 @@ def _version(manifest:bytes)->str:
     "Model version: the first 16 hexadecimal digits of the manifest's digest."
     return digest_bytes(manifest)[:16]
 
-# %% ../nbs/09_bundle.ipynb #1254f387
+# %% ../nbs/09_bundle.ipynb #e0e708e7
 @dataclass(frozen=True)
 class _Parts:
     "What a bundle is made of, and how it takes one application."
@@ -87,6 +92,8 @@ class _Parts:
     metadata: Mapping[str, Any]
     reasons: Reasons | None = None
     recourse: Mapping[str, Any] | None = None  # what applicants can change; recourse_from_dict reads it
+    drift: bytes | None = None  # what applications looked like in history; reference_from_bytes reads it
+    performance: Mapping[str, Any] | None = None  # how well pds foretold outcomes in history
 
     @cached_property
     def calls(self) -> tuple[Margin, Parts]:
@@ -179,7 +186,7 @@ def _record(scorer:Scorer, application:Mapping[str, Any], explained:bool)->dict[
         raise RiskError('The application does not fit the contract:', refused)
     return score_one(scorer, typed, explained) | {'flags': [v.message for v in violations]}
 
-# %% ../nbs/09_bundle.ipynb #94da7fdf
+# %% ../nbs/09_bundle.ipynb #864263ac
 def load_bundle(
     path:str|Path, # a bundle's directory, or a pointer file such as data/models/champion.json
     policy:str|Path|None=None, # a policy file that takes the place of the bundle's own; None: that of the pointer, if it names one
@@ -200,7 +207,8 @@ def load_bundle(
     own = policy_from_dict(content['policy'], f'{directory}/policy.json')
     _require_fit(own, contract, f'{directory}/policy.json')
     scorer = Scorer(_version(files['manifest.json']), contract, plan, predictor, Calibration(**content['calibration']), own, content['metadata'],
-                    reasons_from_dict(told['reasons'], plan.names) if told else None, told.get('recourse'))
+                    reasons_from_dict(told['reasons'], plan.names) if told else None, told.get('recourse'),
+                    files.get('drift.bin'), content.get('performance'))
     named = policy or other
     return replace(scorer, policy=read_policy(named, contract)) if named else scorer
 
@@ -212,7 +220,7 @@ def _read_model(directory:Path, family:str, files:Mapping[str, bytes])->tuple[Pr
     except UnicodeDecodeError as error:
         raise RiskError(f'Bundle {directory} holds a text that is none: {error}. Restore it or train again.') from error
 
-# %% ../nbs/09_bundle.ipynb #2bbfdf23
+# %% ../nbs/09_bundle.ipynb #f14fc287
 def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     "All files of a bundle, each equal to its digest."
     try:
@@ -224,7 +232,7 @@ def _verified(directory:Path, expected:str|None)->dict[str, bytes]:
     if version != BUNDLE_FORMAT or family not in FORMATS:
         raise RiskError(f'Bundle {directory} has format {version} and holds a model of the family {family}; this package reads format '
                         f'{BUNDLE_FORMAT} of {", ".join(FORMATS)}. Install the package that made it, or train again.')
-    files = _read_files(directory, (FORMATS[family].file, *_FILES, *({'reasons.json'} & set(stated))))
+    files = _read_files(directory, (FORMATS[family].file, *_FILES, *sorted(_OPTIONAL & set(stated))))
     changed = [name for name, data in files.items() if stated.get(name) != digest_bytes(data)]
     changed += ['manifest.json'] if expected and expected != _version(manifest) else []
     if changed:

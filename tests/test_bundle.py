@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from house import is_pickled
 from small_bundle import applications, small_bundle, small_scorer
 
-from riskscore.bundle import add_documents, load_bundle, pointed_policy, read_document, write_pointer, write_policy
+from riskscore.bundle import add_documents, load_bundle, pointed_policy, read_document, write_bundle, write_pointer, write_policy
 from riskscore.contract import check_frame
 from riskscore.core import RiskError
 from riskscore.trees import Trees
@@ -284,3 +284,19 @@ def test_a_rebuilt_model_keeps_the_policy_in_force(tmp_path):
     write_pointer(pointer, bundle, pointed_policy(pointer, again))
     assert load_bundle(pointer).policy == careful
     assert pointed_policy(pointer, bundle.with_name('0' * 16)) is None and pointed_policy(tmp_path / 'none.json', bundle) is None
+
+
+def test_a_bundle_keeps_what_monitoring_compares_with(tmp_path):
+    "Reference and performance are under the manifest's digests like all else; a bundle without them loads too."
+    plain = load_bundle(small_bundle(tmp_path / 'plain'))
+    assert plain.drift is None and plain.performance is None
+    path = write_bundle(tmp_path / 'models', plain.predictor, plain.plan, plain.calibration, plain.policy, plain.contract, {}, {},
+                        drift=b'\x00\xff', performance={'bins': [1, 2]})
+    scorer = load_bundle(path)
+    assert (scorer.drift, scorer.performance) == (b'\x00\xff', {'bins': [1, 2]})
+    for name in ('drift.bin', 'performance.json'):
+        kept = (path / name).read_bytes()
+        (path / name).write_bytes(kept[:-1] + b'3')
+        with pytest.raises(RiskError, match=name):
+            load_bundle(path)
+        (path / name).write_bytes(kept)

@@ -6,7 +6,7 @@
 __all__ = ['log', 'SCHEMA_VERSION', 'DECISION_FIELDS', 'AUDIT_FIELDS', 'chained_fields', 'StoreUnavailable', 'Store',
            'open_store']
 
-# %% ../nbs/12_store.ipynb #338a202e
+# %% ../nbs/12_store.ipynb #0d170e07
 import logging
 import os
 import sqlite3
@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import sqlalchemy as sa
-from sqlalchemy import BigInteger, CheckConstraint, Column, Double, Index, Integer, Table, Text
+from sqlalchemy import BigInteger, CheckConstraint, Column, Double, Index, Integer, LargeBinary, Table, Text
 from sqlalchemy.exc import DBAPIError, SQLAlchemyError
 
 from .core import RiskError, listing
@@ -26,8 +26,8 @@ from .core import RiskError, listing
 # %% ../nbs/12_store.ipynb #3472bcd7
 log = logging.getLogger(__name__)
 
-# %% ../nbs/12_store.ipynb #4fdbcac8
-SCHEMA_VERSION = 1
+# %% ../nbs/12_store.ipynb #0ae74b96
+SCHEMA_VERSION = 2
 _SCHEMA = sa.MetaData()
 _Text = Text().with_variant(Text(collation='C'), 'postgresql')  # sorts by its bytes, as SQLite does
 
@@ -56,7 +56,7 @@ def _score_columns()->list[sa.schema.SchemaItem]:
     "What a model said; nothing while stopped."
     return [Column('pd', Double), Column('score', Integer)]
 
-# %% ../nbs/12_store.ipynb #1b19237a
+# %% ../nbs/12_store.ipynb #17549de1
 _table('meta', keys={'name': _Text}, texts='value')
 _table('chains', keys={'writer': _Text}, texts='started_at genesis heads')
 _table('decisions', *_score_columns(), CheckConstraint("status IN ('scored', 'stopped')"), Index('decisions_request', 'request_id', unique=True),
@@ -73,6 +73,14 @@ _table('batches', *[Column(n, Integer, nullable=False) for n in ('rows', 'scored
 _table('outcomes', Column('bad', Integer, nullable=False), CheckConstraint('bad IN (0, 1)'),
        keys={'request_id': _Text, 'version': Integer}, texts='observed_at received_at actor')
 _table('windows', Column('n', BigInteger, nullable=False), keys={n: _Text for n in ('started_at', 'writer', 'name', 'item')})
+_table('drift_windows', Column('rows', BigInteger, nullable=False), Column('counts', LargeBinary, nullable=False),
+       keys={n: _Text for n in ('started_at', 'writer', 'reference')})
+_table('counted', Column('through_seq', BigInteger, nullable=False), keys={'writer': _Text})
+_table('verdicts', Column('rows', BigInteger, nullable=False), *[Column(n, Integer, nullable=False) for n in ('flag', 'stop')],
+       keys={n: _Text for n in ('started_at', 'ended_at', 'reference')}, texts='closed_at content')
+_table('alerts', Column('attempts', Integer, nullable=False), CheckConstraint("severity IN ('info', 'warning', 'critical')"),
+       _unless_missing('alerts', 'next_try'), keys={'alert': _Text}, texts='at kind severity subject content', optional='delivered_at next_try')
+_table('kept', Column('version', Integer, nullable=False), keys={'name': _Text}, texts='value')
 _table('state', Column('version', Integer, nullable=False), keys={'name': _Text}, texts='value changed_at changed_by')
 _table('audit', Index('audit_at', 'at'), Index('audit_subject', 'subject', 'event'),
        keys={'writer': _Text, 'seq': BigInteger}, texts='at actor event subject content mac')
@@ -234,7 +242,7 @@ def _make_file(path:Path, wait:float)->None:
         finally:
             connection.close()
 
-# %% ../nbs/12_store.ipynb #64cf895a
+# %% ../nbs/12_store.ipynb #ceb1a60b
 def _ensure_tables(connection:sa.Connection)->None:
     "Makes the tables of an empty database, upgrades those of an older version, refuses those of a newer."
     if connection.dialect.name == 'postgresql':  # SQLite's transaction holds the only write lock already
@@ -250,10 +258,15 @@ def _ensure_tables(connection:sa.Connection)->None:
     found = int(connection.execute(sa.select(meta.c.value).where(meta.c.name == 'schema_version')).scalar() or 0)
     if found > SCHEMA_VERSION:
         raise RiskError(f'The store has schema version {found}, and this version of riskscore knows {SCHEMA_VERSION}. Upgrade riskscore.')
-    _migrate(connection, found, _MIGRATIONS)
+    if found < SCHEMA_VERSION:
+        _SCHEMA.create_all(connection)  # tables that are new; those that are there stay as they are
+        _migrate(connection, found, _MIGRATIONS)
 
-# %% ../nbs/12_store.ipynb #3c21d713
-_MIGRATIONS: dict[int, Sequence[str]] = {}  # statements that lead from a version to the next one
+# %% ../nbs/12_store.ipynb #60633a42
+_MIGRATIONS: dict[int, Sequence[str]] = {  # statements that lead from a version to the next one
+    1: ['INSERT INTO counted (writer, through_seq) SELECT c.writer, COALESCE((SELECT max(d.seq) FROM decisions d WHERE d.writer = c.writer), 0) '
+        'FROM chains c'],  # what was decided before is in `windows` already, and in no reference's counts
+}
 
 
 def _migrate(connection:sa.Connection, found:int, steps:Mapping[int, Sequence[str]])->None:

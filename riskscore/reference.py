@@ -296,7 +296,7 @@ def reference_from_bytes(
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise RiskError(f'This is no drift reference, or a part of it is missing: {error}. Train the bundle again.') from error
 
-# %% ../nbs/11_reference.ipynb #93578005
+# %% ../nbs/11_reference.ipynb #9a168a86
 def _read(data:bytes)->DriftReference:
     "Reads a reference; anything may be raised for what is none."
     if not data.startswith(_MAGIC):
@@ -304,14 +304,15 @@ def _read(data:bytes)->DriftReference:
     start = len(_MAGIC) + 4
     end = start + struct.unpack_from('<I', data, len(_MAGIC))[0]
     header = json.loads(data[start:end])
-    entries = [*header['columns'], *header['answers']]
+    if not (entries := [*header['columns'], *header['answers']]):
+        raise ValueError('it holds no column')
     points = [_whole(e['points'], len(data) // 8) for e in entries]
     cells = [_cells(e, p) for e, p in zip(entries, points, strict=True)]
     middle = end + 8 * sum(points)
     if len(data) != middle + 4 * sum(cells):
         raise ValueError(f'{len(data):,} bytes instead of {middle + 4 * sum(cells):,}')
-    numbers = np.split(np.frombuffer(data[end:middle], '<f8').astype(np.float64), np.cumsum(points)[:-1]) if entries else []
-    counts = np.split(np.frombuffer(data[middle:], '<u4').astype(np.int64), np.cumsum(cells)[:-1]) if entries else []
+    numbers = np.split(np.frombuffer(data[end:middle], '<f8').astype(np.float64), np.cumsum(points)[:-1])
+    counts = np.split(np.frombuffer(data[middle:], '<u4').astype(np.int64), np.cumsum(cells)[:-1])
     rows = _whole(header['rows'], _LARGEST)
     parts = [_part(*given, rows) for given in zip(entries, numbers, counts, strict=True)]
     first = len(header['columns'])

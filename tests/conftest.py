@@ -21,6 +21,14 @@ settings.register_profile('nightly', deadline=None, max_examples=1000, print_blo
 settings.load_profile(os.environ.get('HYPOTHESIS_PROFILE', 'gate'))
 
 
+_LONGEST = ('test_pipeline.py', 'test_loop.py', 'test_service_faults.py')  # started first, so that no process has them left when the others are through
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    "Orders the files; the tests of one file run in one process and in their order."
+    items.sort(key=lambda item: _LONGEST.index(item.path.name) if item.path.name in _LONGEST else len(_LONGEST))
+
+
 @pytest.fixture
 def root() -> Path:
     "The folder of the checkout."

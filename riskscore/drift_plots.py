@@ -25,20 +25,21 @@ def _few(labels:Sequence[str], shares:Sequence[np.ndarray], most:int)->tuple[lis
     rest = np.setdiff1d(np.arange(len(labels)), kept)
     return [*(labels[i] for i in kept), f'{len(rest)} others'], [np.append(share[kept], share[rest].sum()) for share in shares]
 
-# %% ../nbs/42_drift_plots.ipynb #46de4171
+# %% ../nbs/42_drift_plots.ipynb #a2e1f5af
 def shares_figure(
-    shown:Mapping[str, Any], # labels, reference and now (shares of the groups), and the same of what is beside them: extra
+    shown:Mapping[str, Any], # labels, reference and now: shares of the groups; the last two are new or outside values, and the missing
     label:str='Applications (%)', # what the shares are of
-    most:int=12, # rows, beside those of missing and new values
+    most:int=12, # rows, beside the last two
 )->Figure:
     "Shares of the groups of a column in the reference and now."
-    if not len(shown['labels']):
-        raise RiskError('There is nothing to draw: expected at least one group of values.')
-    labels, (then, now) = _few(shown['labels'], [np.asarray(shown[side], dtype=np.float64) for side in ('reference', 'now')], most)
-    extra = shown.get('extra', {})
-    then, now = (np.append(side, [pair[i] for pair in extra.values()])[::-1] for i, side in enumerate((then, now)))
+    if len(shown['labels']) < 3:
+        raise RiskError('There is nothing to draw: expected at least one group of values, and those of new and of missing ones.')
+    sides = [np.asarray(shown[side], dtype=np.float64) for side in ('reference', 'now')]
+    labels, shares = _few(shown['labels'][:-2], [side[:-2] for side in sides], most)
+    extra = [i for i in (-2, -1) if sides[0][i] or sides[1][i]]
+    then, now = (np.append(share, side[extra])[::-1] for share, side in zip(shares, sides, strict=True))
     figure, axes = new_axes(label, '', (4.2, 0.8))
-    name_rows(axes, [*labels, *extra][::-1], height=0.19)
+    name_rows(axes, [*labels, *(shown['labels'][i] for i in extra)][::-1], height=0.19)
     rows = np.arange(len(then))
     axes.barh(rows, then, height=0.8, color=COLOURS['muted'], alpha=0.35, label='reference')
     axes.barh(rows, now, height=0.36, color=COLOURS['first'], label='now')
@@ -51,7 +52,7 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #79a205fe
+# %% ../nbs/42_drift_plots.ipynb #8e20b6b2
 _SHADES = {'low': 0.1, 'moderate': 0.4, 'high': 0.85}
 
 
@@ -60,7 +61,7 @@ def evolution_figure(
     most:int=15, # columns with the highest PSI in any window
 )->Figure:
     "Bands of PSI of each column in each window."
-    found = [{name: cell for name, cell in window['columns'].items() if cell['psi'] is not None} for window in windows]
+    found = [{name: cell for name, cell in window['columns'].items() if cell['verdict'] != 'too few rows'} for window in windows]
     peaks = {name: max(cells[name]['psi'] for cells in found if name in cells) for name in {name: 0 for cells in found for name in cells}}
     if not peaks:
         raise RiskError('There is nothing to draw: no window has enough applications.')

@@ -134,7 +134,7 @@ def column_charts(
 # %% ../nbs/46_drift_report.ipynb #ca046dbf
 _STATE_WORDS = {'stop': 'would stop automatic decisions', 'flag': 'raise the flag', 'calm': 'are calm', 'not judged': 'hold too few applications to judge'}
 
-# %% ../nbs/46_drift_report.ipynb #c00da026
+# %% ../nbs/46_drift_report.ipynb #48885efb
 def window_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -146,7 +146,7 @@ def window_section(
     line = findings['rule']['flag_share']
     states = [window_state(w) for w in windows]
     counts = {state: states.count(state) for state in _STATES if state in states}
-    judged = [w for w in windows if any(c['psi'] is not None for c in w['columns'].values())]
+    judged = [w for w in windows if any(c['verdict'] != 'too few rows' for c in w['columns'].values())]
     text = f'Of {len(windows)} windows: ' + ', '.join(f'{n} {_STATE_WORDS[state]}' for state, n in counts.items()) + '.'
     charts = [show_figure(drift_share_figure(windows, line), 'Share of the watched columns with material drift. ' + text).data]
     if judged:

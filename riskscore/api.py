@@ -6,7 +6,7 @@
 __all__ = ['log', 'RETRY_STOPPED', 'router', 'Stamp', 'Word', 'Name', 'Reason', 'ServiceOf', 'Operator', 'Labeller', 'Scoring',
            'Anybody', 'OPEN', 'Front', 'Page', 'Review', 'Outcome', 'Proposal', 'Approval', 'Why', 'create_app']
 
-# %% ../nbs/18_api.ipynb #7300f1a8
+# %% ../nbs/18_api.ipynb #9d006c30
 import asyncio
 import hashlib
 import json
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import parse_qsl
 
+import msgspec
 from fastapi import APIRouter, Depends, FastAPI, Query, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
@@ -31,6 +32,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 
 from . import __version__
+from .alerts import ALERTS_LIMIT, Alert, list_alerts, raise_alerts
 from .bulk import MEDIA_TYPES, Results, Row, result_body, rows, upload_form
 from .bundle import _follow, read_document
 from .core import RiskError
@@ -477,11 +479,24 @@ async def _approve(approval:Approval, service:ServiceOf, caller:Operator)->dict[
     await service.refresh()
     return {'policy_version': service.model.scorer.policy.version, 'proposed_by': proposal['by'], 'approved_by': caller.name}
 
-# %% ../nbs/18_api.ipynb #520f4136
-@router.get('/drift-status', tags=['monitoring'], operation_id='get_drift_status')
-def _drift(service:ServiceOf, caller:Anybody)->dict[str, Any]:
-    "The open monitoring window, from counts."
-    return drift_status(service.store, service.journal, service.settings.window_seconds)
+# %% ../nbs/18_api.ipynb #f3b070a6
+@router.get('/drift-status', tags=['monitoring'], operation_id='get_drift_status', response_model=None)
+def _drift(service:ServiceOf, caller:Anybody)->Response:
+    "The open monitoring window, from counts: a provisional verdict, and beside it the verdict on the window that was closed last."
+    service.live.flush()  # what this worker has decided so far; the others are up to a second behind
+    settings, sums = service.settings, service.live.sums(service.model)
+    return Response(_DUMP(drift_status(service.store, service.journal, settings.window_seconds, sums, settings.stop_on)), media_type='application/json')
+
+
+_DUMP = msgspec.json.Encoder().encode
+
+# %% ../nbs/18_api.ipynb #29749139
+@router.get('/alerts', tags=['monitoring'], operation_id='list_alerts')
+def _alerts(
+    service:ServiceOf, caller:Operator, severity:Literal['info', 'warning', 'critical']|None=None, limit:Annotated[int, Query(ge=1, le=ALERTS_LIMIT)]=100,
+)->list[dict[str, Any]]:
+    "What the monitor and the operators raised, newest first."
+    return list_alerts(service.store, limit, severity)
 
 # %% ../nbs/18_api.ipynb #0ea02d61
 @router.get('/reviews', tags=['monitoring'], operation_id='get_review_rates')
@@ -504,17 +519,28 @@ def _stop_state(service:ServiceOf, caller:Anybody)->dict[str, Any]:
     "Is the service stopped, by whom, and why?"
     return stop_state(service.journal)
 
-# %% ../nbs/18_api.ipynb #17226364
+# %% ../nbs/18_api.ipynb #0be37e69
+async def _told(service:Service, kind:str, severity:str, state:dict[str, Any])->dict[str, Any]:
+    "The state, after an alert where it has changed; the change is worth more than the alert."
+    if state['changed']:
+        try:
+            alert = Alert(kind, severity, 'service', {'by': state['by']})
+            await asyncio.to_thread(raise_alerts, service.store, [alert], service.settings.webhook_url is not None)
+        except StoreUnavailable:
+            log.exception('An alert could not be stored.', extra={'event': kind})
+    return state
+
+# %% ../nbs/18_api.ipynb #1011991d
 @router.post('/emergency-stop', tags=['emergency stop'], operation_id='stop')
 async def _stop(why:Why, service:ServiceOf, caller:Operator)->dict[str, Any]:
     "Stops automated decisions: when this is answered, none can come any more, from any worker."
-    return await set_stop(service.journal, caller.name, why.reason, True)
+    return await _told(service, 'stopped', 'critical', await set_stop(service.journal, caller.name, why.reason, True))
 
-# %% ../nbs/18_api.ipynb #fbf8e471
+# %% ../nbs/18_api.ipynb #35d12bcb
 @router.post('/emergency-stop/resume', tags=['emergency stop'], operation_id='resume')
 async def _resume(why:Why, service:ServiceOf, caller:Operator)->dict[str, Any]:
     "Lets automated decisions go on."
-    return await set_stop(service.journal, caller.name, why.reason, False)
+    return await _told(service, 'resumed', 'warning', await set_stop(service.journal, caller.name, why.reason, False))
 
 # %% ../nbs/18_api.ipynb #31256722
 @router.get('/livez', tags=['health'], operation_id='live')

@@ -47,7 +47,7 @@ class _Buckets:
                 bucket.inc(n)
         self.child._sum.inc(total)
 
-# %% ../nbs/15_meters.ipynb #16f5ea17
+# %% ../nbs/15_meters.ipynb #6817005f
 _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = { # name: what it counts, labels
     'requests': ('requests answered', ('path', 'status')),
     'decisions': ('applications answered', ('purpose', 'decision')),
@@ -60,6 +60,7 @@ _COUNTERS: dict[str, tuple[str, tuple[str, ...]]] = { # name: what it counts, la
 _GAUGES: dict[str, tuple[str, tuple[str, ...], str]] = { # name: what it shows, labels, how workers are put together
     'drift_share': ('share of watched columns with material drift', (), 'livemostrecent'),
     'drift_flag': ('1 when the drift share is above its limit', (), 'livemostrecent'),
+    'alerts': ('alerts of the monitor so far', ('severity',), 'livemostrecent'),
     'stopped': ('1 while automated decisions are stopped', (), 'livemax'),
     'waiting': ('answers that wait for the decision log', (), 'livesum'),
     'in_work': ('requests in work', (), 'livesum'),

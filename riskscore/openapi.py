@@ -276,7 +276,29 @@ def _receipt_schema()->dict[str, Any]:
         reviews={'type': 'array', 'items': review}, outcomes={'type': 'array', 'items': outcome},
         chain=_record(writer=_TEXT, seq={'type': 'integer', 'minimum': 1}, mac={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}))
 
-# %% ../nbs/17_openapi.ipynb #f42dccc0
+# %% ../nbs/17_openapi.ipynb #c47c3497
+def _monitoring_schemas()->dict[str, Any]:
+    "How the open window compares with history, and what was raised."
+    flag, names, some = {'type': 'integer', 'enum': [0, 1]}, {'type': 'array', 'items': _TEXT}, {'type': 'object'}
+    judged = {'rows': _COUNT, 'drift_share': _or_null(_SHARE), 'flag': flag, 'stop': {'type': 'boolean'}, 'broken': names, 'words': _TEXT}
+    column = {'type': 'object', 'properties': {'column': _TEXT, 'verdict': {'type': 'string', 'enum': _VERDICTS}, 'psi': _NUMBER, 'broken': {'type': 'boolean'},
+                                               'why': _TEXT}, 'required': ['column', 'verdict', 'psi', 'broken', 'why']}
+    verdict = {'title': 'DriftVerdict', 'type': 'object', 'properties': {**judged, 'reference': _TEXT, 'columns': {'type': 'array', 'items': column}},
+               'required': [*judged, 'reference', 'columns']}
+    closed = {'title': 'ClosedWindow'} | _record(**{'from': _AT}, to=_AT, closed_at=_AT, material=names, **judged)
+    unusual = _record(column=_TEXT, rules=some, share={'type': 'number', 'minimum': 0})
+    status = {'title': 'DriftStatus'} | _record(
+        window=_record(**{'from': _AT}, to=_AT, open={'type': 'boolean'}), decisions=_COUNT, refused=_COUNT, by_decision=some,
+        columns={'type': 'array', 'items': unusual}, drift_share=_or_null(_SHARE), verdict=_TEXT, drift=_or_null(_ref('DriftVerdict')),
+        last=_or_null(_ref('ClosedWindow')), stopped={'type': 'boolean'}, reason=_TEXT, by=_TEXT, at=_or_null(_AT))
+    alert = {'title': 'Alert'} | _record(alert=_ID, at=_AT, kind=_TEXT, severity={'type': 'string', 'enum': ['info', 'warning', 'critical']}, subject=_TEXT,
+                                         content=some, attempts=_COUNT, delivered_at=_or_null(_AT), next_try=_or_null(_AT))
+    return {'DriftVerdict': verdict, 'ClosedWindow': closed, 'DriftStatus': status, 'Alert': alert, 'Alerts': {'type': 'array', 'items': _ref('Alert')}}
+
+
+_VERDICTS = ['too few rows', 'noise', 'immaterial', 'material']
+
+# %% ../nbs/17_openapi.ipynb #2e00129b
 def schemas(
     contract:Contract, # of the model in place
 )->dict[str, Any]: # name: JSON schema, for components/schemas
@@ -284,7 +306,7 @@ def schemas(
     row = {'title': 'Decision'} | _record(**_decision_members(), review=_or_null(_DECISION), bad=_or_null({'type': 'integer', 'enum': [0, 1]}))
     page = {'title': 'Page'} | _record(decisions={'type': 'array', 'items': _ref('Decision')}, next_cursor=_or_null(_TEXT))
     return {'Application': application_schema(contract), 'Answer': _answer_schema(), 'Reason': _reason_schema(), 'Problem': _problem_schema(),
-            'Decision': row, 'Page': page, 'Receipt': _receipt_schema()}
+            'Decision': row, 'Page': page, 'Receipt': _receipt_schema(), **_monitoring_schemas()}
 
 # %% ../nbs/17_openapi.ipynb #7c7cb0fb
 def _parameter(name:str, place:str, schema:Mapping[str, Any], text:str)->dict[str, Any]:
@@ -346,7 +368,7 @@ def _complete_batch(operation:dict[str, Any], contract:Contract)->None:
     operation['responses']['200'] = {'description': 'one result per row, in the order of the rows', 'content': {
         **_json(results), 'application/x-ndjson': {}, 'text/csv': {}}}
 
-# %% ../nbs/17_openapi.ipynb #cd280944
+# %% ../nbs/17_openapi.ipynb #42ff3420
 def _problem_responses()->dict[str, Any]:
     "The two classes of problems."
     content = {'application/problem+json': {'schema': _ref('Problem')}}
@@ -354,7 +376,7 @@ def _problem_responses()->dict[str, Any]:
             '5XX': {'description': 'what the service could not do; with Retry-After where it will pass', 'content': content}}
 
 
-_RESULTS = {'/decisions': 'Page', '/decisions/{request_id}': 'Receipt'}  # path: schema of what GET answers
+_RESULTS = {'/decisions': 'Page', '/decisions/{request_id}': 'Receipt', '/drift-status': 'DriftStatus', '/alerts': 'Alerts'}  # path: schema of what GET answers
 
 # %% ../nbs/17_openapi.ipynb #c367112c
 def describe(

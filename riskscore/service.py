@@ -6,7 +6,7 @@
 __all__ = ['log', 'PURPOSES', 'RETRY_STORE', 'WATCH', 'Outcome', 'Work', 'entry_of', 'refused_counts', 'problem_of', 'Service',
            'predict', 'predict_block']
 
-# %% ../nbs/17_service.ipynb #920bdefd
+# %% ../nbs/17_service.ipynb #ca6128f7
 import asyncio
 import logging
 import signal
@@ -28,6 +28,7 @@ from .meters import Meters, flush, show_model
 from .problems import Problem, problem, refusal
 from .settings import Settings, keys_text
 from .store import Store, StoreUnavailable, open_store
+from .windows import LiveCounts, decision_items
 
 # %% ../nbs/17_service.ipynb #1c744bb7
 log = logging.getLogger(__name__)
@@ -45,17 +46,14 @@ class Work(NamedTuple):
     batch: str | None = None  # batch that it belongs to
     caller: str = ''  # who asks: keys of two callers are two keys
 
-# %% ../nbs/17_service.ipynb #ea338e80
+# %% ../nbs/17_service.ipynb #6cf3e02c
 def _counts(work:Work, answer:Any)->tuple[tuple[str, str], ...]:
     "What the open monitoring window counts of an answer; only decisions are watched."
     if work.purpose != 'decision':
         return (('requests', work.purpose),)
-    if answer.status == 'stopped':  # counted when it is scored after the stop
-        return (('requests', 'stopped'),)
-    flags = tuple(('flag', f"{f['column']} {f['rule']}") for f in answer.flags)
-    return (('requests', 'decision'), ('decisions', answer.decision), *flags)
+    return decision_items(answer.status, answer.decision, answer.flags)
 
-# %% ../nbs/17_service.ipynb #b35c8925
+# %% ../nbs/17_service.ipynb #3bab0db5
 def entry_of(
     champion:FastScorer, # the model that answers
     work:Work, # the request
@@ -71,7 +69,8 @@ def entry_of(
     finger = fingerprint(key, work.purpose.encode() + b'\n' + work.body) if work.key else None
     named = fingerprint(key, f'{work.caller}\n{work.key}'.encode()) if work.key else None  # a client may have put a name into it
     return Entry(request_id, received_at, work.purpose, answer.status, answer.decision, answer.pd, answer.score, answer.model_version, answer.policy_version,
-                 answer.to_json(), named, None, work.batch, application.applicant, application.content, finger, _counts(work, answer))
+                 answer.to_json(), named, None, work.batch, application.applicant, application.content, finger, _counts(work, answer),
+                 None if stopped else application.typed)
 
 # %% ../nbs/17_service.ipynb #58806a85
 def refused_counts(
@@ -104,7 +103,7 @@ def problem_of(
                        retry_after=RETRY_STORE, **more)
     raise error
 
-# %% ../nbs/17_service.ipynb #5f8fbc75
+# %% ../nbs/17_service.ipynb #5407146d
 WATCH = 1.0  # seconds between looks at the pointers
 _SHADOW = 1024  # applications that wait for the challenger at most
 
@@ -120,11 +119,13 @@ class _Parts:
         settings:Settings, # how it runs
     ):
         self.settings, self.keys, self.meters = settings, parse_keys(keys_text(settings)), Meters()
-        self.meters.state('drift_share', float('nan'))  # not known: there is no reference to compare with
+        self.meters.state('drift_share', float('nan'))  # not known until the monitor has closed a window
+        self.live = LiveCounts(settings.window_seconds)
         self.key = ledger_key(settings.ledger_key or '', settings.ledger_key_file, make=True)
         self.champion = Slot('champion', settings.model)
         self.challenger = Slot('challenger', settings.challenger) if settings.challenger and settings.shadow else None
         self.started_at, self.ready, self.shadow_scored, self.shadow_dropped = now(), False, 0, 0
+        self.shown_drift = 0  # version of the monitor's verdict that the meters show
         self.waiting_shadow: deque[tuple[str, str]] = deque()
         self.unrecorded: deque[Change] = deque()
         self.in_work: Callable[[], int] = lambda: 0  # requests in work, as whoever guards the service knows
@@ -135,6 +136,8 @@ class _Parts:
         "The champion in place."
         if self.champion.model is None:
             raise problem('starting', 'There is no model in place.', retry_after=5)
+        if self.champion.model.scorer.version not in self.live.watched:  # it came this moment
+            self.live.know(self.champion.model)
         return self.champion.model
 
     def report(self) -> None:
@@ -142,13 +145,20 @@ class _Parts:
         self.meters.state('waiting', self.journal.depth)
         self.meters.state('stopped', self.journal.stopped)
         self.meters.state('in_work', self.in_work())
+        if (drift := self.journal.state('drift')) and drift[1] != self.shown_drift:
+            self.shown_drift = drift[1]
+            share, flag, alerts = (drift[0].get(name) for name in ('share', 'flag', 'alerts'))
+            self.meters.state('drift_share', float('nan') if share is None else share)
+            self.meters.state('drift_flag', flag or 0)
+            for severity, n in (alerts or {}).items():
+                self.meters.state('alerts', n, severity)
 
     @property
     def slots(self) -> list[Slot]:
         "Places for models."
         return [slot for slot in (self.champion, self.challenger) if slot]
 
-# %% ../nbs/17_service.ipynb #851081ea
+# %% ../nbs/17_service.ipynb #8be349ab
 class Service(_Parts):
     "One worker of the scoring service."
 
@@ -158,8 +168,10 @@ class Service(_Parts):
         if self.champion.model is None:
             raise RiskError(self.champion.problem)
         self.store = await asyncio.to_thread(open_store, self.settings.store, min(5.0, self.settings.request_timeout / 2))
-        self.journal = Journal(self.store, self.key, self.settings.anchors, asyncio.get_running_loop())
+        self.journal = Journal(self.store, self.key, self.settings.anchors, asyncio.get_running_loop(), follow=self.live.decided,
+                               window=self.settings.window_seconds)
         await asyncio.to_thread(self.journal.start)
+        self.live.start(self.store, self.journal)
         await self._record(changes)
         self._tasks = [asyncio.create_task(_watch(self)), *([asyncio.create_task(_follow_shadow(self))] if self.challenger else [])]
         self.ready = True
@@ -171,6 +183,7 @@ class Service(_Parts):
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
         await asyncio.to_thread(self.journal.close)
+        await asyncio.to_thread(self.live.close)
         self.store.close()
 
     async def refresh(self, again: bool = False) -> list[Change]:
@@ -180,7 +193,10 @@ class Service(_Parts):
         return changes
 
     async def _look(self, again: bool = False) -> list[Change]:
-        return [c for c in [await asyncio.to_thread(slot.refresh, again) for slot in self.slots] if c]
+        changes = [c for c in [await asyncio.to_thread(slot.refresh, again) for slot in self.slots] if c]
+        if self.champion.model:
+            await asyncio.to_thread(self.live.know, self.champion.model)
+        return changes
 
     async def _record(self, changes: list[Change]) -> None:
         for change in changes:

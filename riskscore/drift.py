@@ -162,7 +162,7 @@ def counts_from_bytes(
             return Counts(reference, rows, flat)
     raise RiskError('The counts of a window do not add up to its rows. Count the window again from the log.')
 
-# %% ../nbs/12_drift.ipynb #ed6d89db
+# %% ../nbs/12_drift.ipynb #510c3236
 @dataclass(frozen=True)
 class DriftRule:
     "When a difference counts, and what follows."
@@ -172,7 +172,7 @@ class DriftRule:
     flag_share: float = 0.15  # share of columns with material drift above which retraining is considered
     broken_errors: float = 5.0  # standard errors by which a broken column's nulls, unseen or outside values rise, at least
     broken_points: float = 0.05  # and the share of rows
-    stop_share: float = 0.01  # share of broken columns that stops, at least one column
+    stop_share: float = 0.01  # share of broken columns that stops, rounded down and at least one column
     column_rows: int = 50  # fewer give no verdict on a column
     flag_rows: int = 100  # nor a flag
     stop_rows: int = 200  # nor a stop
@@ -268,7 +268,7 @@ def _rises(reference:DriftReference, flat:npt.NDArray[np.int64], rows:npt.NDArra
         found[i] = np.stack([share, now, z / root], axis=1)
     return found
 
-# %% ../nbs/12_drift.ipynb #6d708d90
+# %% ../nbs/12_drift.ipynb #9f024d3e
 def judge_drift(
     reference:DriftReference, # what history looked like
     counts:Counts, # of a window
@@ -281,7 +281,7 @@ def judge_drift(
     material = sum(e['verdict'] == 'material' for e in columns)
     share = material / max(watched, 1) if counts.rows >= rule.flag_rows else None
     flag = int(share is not None and share > rule.flag_share)
-    stopping = len(broken) >= max(1, rule.stop_share * watched) or (rule.stop_on == 'material' and flag == 1)
+    stopping = len(broken) >= max(1, int(rule.stop_share * watched)) or (rule.stop_on == 'material' and flag == 1)
     verdict = {
         'rows': counts.rows, 'reference': reference.digest, 'reference_rows': reference.rows, 'watched': watched, 'note': _note(reference),
         'columns': sorted(columns, key=lambda e: (not e['broken'], _ORDER.index(e['verdict']), -e['psi'])), 'answers': answers,
@@ -374,25 +374,24 @@ def _words(verdict:Mapping[str, Any], rule:DriftRule)->str:
         return f'In {rows:,} applications {drifted}: consider retraining, after looking for the cause.'
     return f'In {rows:,} applications {drifted}: no action needed.' if verdict['material'] else f'{rows:,} applications look like history: no action needed.'
 
-# %% ../nbs/12_drift.ipynb #35a34e2e
+# %% ../nbs/12_drift.ipynb #3559b018
 def _labels(part:ColumnReference)->list[str]:
     "Names of the bins, in their order."
-    if part.form == 'levels':
-        return [*part.levels, 'unseen', 'missing']
     def word(value: float) -> str:
         return str(np.datetime64(0, 'D') + int(value)) if part.kind == 'date' else f'{value:,.6g}'
-    if part.form == 'values':
-        return [*(part.levels if len(part.levels) == len(part.points) else map(word, part.points.tolist())), 'unseen', 'missing']
-    ends = [word(part.edges[top]) for top in part.tops]
-    between = [f'{low} to {high}' for low, high in zip(ends, ends[1:], strict=False)]
-    return ([f'up to {ends[0]}', *between, f'above {ends[-1]}'] if ends else ['all']) + ['outside', 'missing']
+    if part.form == 'grid':
+        ends = [word(part.edges[top]) for top in part.tops]
+        return [f'up to {ends[0]}', *(f'{low} to {high}' for low, high in zip(ends, ends[1:], strict=False)), f'above {ends[-1]}', 'missing']
+    names, other = part.levels or tuple(map(word, part.points.tolist())), int(part.bins[-1]) - 1
+    named = part.bins[1:-2:2] if part.form == 'values' else part.bins[:-2]
+    return [*(name for name, bin in zip(names, named, strict=True) if bin != other), 'rare or unseen', 'missing']
 
-# %% ../nbs/12_drift.ipynb #34322cfa
+# %% ../nbs/12_drift.ipynb #9bc1ef53
 def histogram(
     reference:DriftReference, # what history looked like
     counts:Counts, # of a window
     column:str, # a watched column, or pd or decision
-)->dict[str, Any]: # labels of the bins, their shares in history and now; the last two are unseen or outside, and missing
+)->dict[str, Any]: # labels of the bins, their shares in history and now; the last is missing
     "The bins of one column, for a chart."
     names = [*reference.places, *(n for n in reference.answer_places if n not in reference.places)]
     if column not in names:

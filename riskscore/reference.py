@@ -6,12 +6,12 @@
 __all__ = ['MOST_VALUES', 'MOST_LEVELS', 'FINE', 'ColumnReference', 'unseen_cells', 'outside_cells', 'count_values', 'cells_of',
            'DriftReference', 'design_effect', 'fit_reference', 'reference_from_bytes']
 
-# %% ../nbs/11_reference.ipynb #40fb6400
+# %% ../nbs/11_reference.ipynb #bd29829e
 import json
 import struct
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 from .contract import DECISIONS, Column, Contract
 from .core import RiskError, digest_bytes
 
-# %% ../nbs/11_reference.ipynb #45ab7bbe
+# %% ../nbs/11_reference.ipynb #d43c2a03
 MOST_VALUES, MOST_LEVELS, FINE = 50, 255, 500
 _NO_VALUES = np.empty(0)
 _SORTED_ROWS = 2048  # from so many rows on it is faster to sort the values and look up the edges in them
@@ -37,7 +37,7 @@ class ColumnReference:
     counts: npt.NDArray[np.int64]  # (cells,) rows of history, the last one null
     points: npt.NDArray[np.float64] = field(default_factory=lambda: _NO_VALUES)  # of a grid the edges, otherwise the values
     levels: tuple[str, ...] = ()  # of a category; of a flag the names of 0 and 1
-    inside: tuple[int, int] = (0, 0)  # first cell from the 0.1% point of history, and first cell beyond its 99.9% point
+    inside: tuple[int, int] = (0, 0)  # of a number: first cell from the 0.1% point of history, and first cell beyond its 99.9% point
     tops: tuple[int, ...] = ()  # of a grid: the last cell of each bin but the highest
     once: int = 0  # values or levels that history holds once
     effect: float | None = None  # design effect: 3 when 300 rows tell as much as 100 independent ones
@@ -54,17 +54,25 @@ class ColumnReference:
 
     @cached_property
     def bins(self) -> npt.NDArray[np.intp]:
-        "(cells,) the bin of each cell; after those of values come unseen or outside, and null."
+        "(cells,) the bin of each cell: ten of a grid, else one a value or level and one for what is rare or unseen; the last is null."
         cells = np.arange(len(self.counts))
-        if self.form == 'levels':
-            return cells
-        if self.form == 'values':
-            values = len(self.points)
-            return np.where(cells == cells[-1], values + 1, np.where(cells % 2 == 1, cells // 2, values))
-        bins, (low, high) = np.searchsorted(self.tops, cells), self.inside
-        bins[(cells < low) | (cells >= high)] = len(self.tops) + 1
-        bins[-1] = len(self.tops) + 2
+        if self.form == 'grid':
+            return np.searchsorted(self.tops, cells) + (cells == cells[-1])
+        named = np.zeros(len(cells), dtype=bool)
+        named[1:-2:2] = self.form == 'values'
+        named[:-2] |= self.form == 'levels'
+        named &= (self.counts > _rare(self.counts[named])) | (self.kind == 'flag')
+        bins = np.where(named, np.cumsum(named) - 1, int(named.sum()))
+        bins[-1] = int(named.sum()) + 1
         return bins
+
+# %% ../nbs/11_reference.ipynb #ab886d42
+def _rare(counts:npt.NDArray[np.int64])->int:
+    "Up to how many rows make a value rare: the smallest number from 5 up that no count exceeds by one."
+    held, limit = set(counts.tolist()), 5
+    while limit + 1 in held:
+        limit += 1
+    return limit
 
 # %% ../nbs/11_reference.ipynb #cab59d38
 def _just_below(values:npt.NDArray[np.float64])->npt.NDArray[np.float64]:
@@ -173,8 +181,8 @@ def _ranked(ordered:npt.NDArray[np.float64], share:npt.ArrayLike, of:int)->npt.N
     "The smallest values that `share` / `of` of all do not exceed; whole numbers, so that no rounding moves a rank."
     return ordered[(np.asarray(share) * len(ordered) + of - 1) // of - 1]
 
-# %% ../nbs/11_reference.ipynb #de23d3bd
-def _fit_grid(column:Column, ordered:npt.NDArray[np.float64])->ColumnReference:
+# %% ../nbs/11_reference.ipynb #5471d319
+def _fit_grid(column:Column, ordered:npt.NDArray[np.float64], rows:int)->ColumnReference:
     "Cells between quantiles of sorted values."
     fine = _ranked(ordered, np.arange(1, FINE), FINE)
     low, high = _ranked(ordered, [1, 999], 1000)
@@ -182,45 +190,43 @@ def _fit_grid(column:Column, ordered:npt.NDArray[np.float64])->ColumnReference:
     edges = np.unique(np.concatenate([fine, below, [high]]))
     tops = np.unique(np.searchsorted(edges, _ranked(ordered, np.arange(1, 10), 10)))
     inside = (int(np.searchsorted(edges, below[0])) + 1, int(np.searchsorted(edges, high)) + 1)
-    return ColumnReference(column.name, column.kind, 'grid', np.zeros(len(edges) + 2, dtype=np.int64), edges, inside=inside, tops=tuple(tops.tolist()))
+    return ColumnReference(column.name, column.kind, 'grid', _between(ordered, edges, rows), edges, inside=inside, tops=tuple(tops.tolist()))
 
-# %% ../nbs/11_reference.ipynb #f006c381
+# %% ../nbs/11_reference.ipynb #f92444c7
+def _between(ordered:npt.NDArray[np.float64], edges:npt.NDArray[np.float64], rows:int)->npt.NDArray[np.int64]:
+    "(edges + 2,) how many of the sorted values lie in each cell; the rest of the rows is null."
+    ends = np.searchsorted(ordered, edges, side='right')
+    return np.diff(ends, prepend=0, append=[len(ordered), rows]).astype(np.int64)
+
+# %% ../nbs/11_reference.ipynb #4baf84b2
 def _fit_number(column:Column, values:npt.NDArray[np.float64])->ColumnReference:
     "A cell for each value where there are few and they repeat; else a grid."
     ordered = np.sort(values[~np.isnan(values)]) + 0.0  # which makes 0.0 of -0.0
-    changes = np.flatnonzero(ordered[1:] != ordered[:-1])
-    distinct = len(changes) + (len(ordered) > 0)
-    if distinct > MOST_VALUES or (column.kind != 'flag' and len(ordered) < 10 * distinct):
-        return _fit_grid(column, ordered)
-    points = np.array([0.0, 1.0]) if column.kind == 'flag' else ordered[np.concatenate([changes, [len(ordered) - 1]]).astype(int)[:distinct]]
-    inside, repeats = (1, 2 * len(points)), np.diff(changes, prepend=-1, append=len(ordered) - 1)
-    if len(ordered):
-        low, high = np.searchsorted(points, _ranked(ordered, [1, 999], 1000))
-        inside = (2 * int(low) + 1, 2 * int(high) + 2)
-    levels = column.levels if column.kind == 'flag' else ()
-    return ColumnReference(column.name, column.kind, 'values', np.zeros(2 * len(points) + 2, dtype=np.int64), points, levels, inside,
-                           once=int((repeats == 1).sum()) if distinct else 0)
+    last = np.flatnonzero(np.append(ordered[1:] != ordered[:-1], len(ordered) > 0))  # row of each value's last occurrence
+    flag = column.kind == 'flag'
+    if not flag and (len(last) > MOST_VALUES or len(ordered) < 10 * len(last)):
+        return _fit_grid(column, ordered, len(values))
+    points = np.array([0.0, 1.0]) if flag else ordered[last]
+    low, high = np.searchsorted(points, _ranked(ordered, [1, 999], 1000)) if len(ordered) else (0, len(points) - 1)
+    empty = ColumnReference(column.name, column.kind, 'values', np.zeros(0, dtype=np.int64), points)
+    return replace(empty, counts=_between(ordered, empty.edges, len(values)), levels=column.levels if flag else (),
+                   inside=(2 * int(low) + 1, 2 * int(high) + 2), once=0 if flag else int((np.diff(last, prepend=-1) == 1).sum()))
 
-# %% ../nbs/11_reference.ipynb #a7a634f5
+# %% ../nbs/11_reference.ipynb #96ec4f6c
 def _fit_levels(column:Column, values:npt.NDArray[Any])->ColumnReference:
     "A cell for each of the most frequent levels."
     found = Counter(values.tolist())
-    found.pop(None, None)
+    null = found.pop(None, 0)
     ranked = sorted(found, key=lambda level: (-found[level], level))[:MOST_LEVELS]
-    once = sum(found[level] == 1 for level in ranked)
-    return ColumnReference(column.name, column.kind, 'levels', np.zeros(len(ranked) + 2, dtype=np.int64), levels=tuple(ranked), once=once)
+    held = [found[level] for level in ranked]
+    counts = np.array([*held, len(values) - sum(held) - null, null], dtype=np.int64)
+    return ColumnReference(column.name, column.kind, 'levels', counts, levels=tuple(ranked), once=held.count(1))
 
-# %% ../nbs/11_reference.ipynb #46b85e89
+# %% ../nbs/11_reference.ipynb #ea86df56
 def _fit_column(column:Column, values:npt.NDArray[Any], order:npt.NDArray[np.intp]|None)->ColumnReference:
     "The reference of one column."
-    empty = _fit_levels(column, values) if values.dtype.kind == 'O' else _fit_number(column, values)
-    effect = None if order is None else design_effect(empty.bins[cells_of(empty, values)][order])
-    return ColumnReference(**{**_fields(empty), 'counts': count_values(empty, values), 'effect': effect})
-
-# %% ../nbs/11_reference.ipynb #e2e993cd
-def _fields(column:ColumnReference)->dict[str, Any]:
-    "What a column reference was made with."
-    return {name: getattr(column, name) for name in ColumnReference.__dataclass_fields__}
+    fitted = _fit_levels(column, values) if values.dtype.kind == 'O' else _fit_number(column, values)
+    return fitted if order is None else replace(fitted, effect=design_effect(fitted.bins[cells_of(fitted, values)][order]))
 
 # %% ../nbs/11_reference.ipynb #be40adc6
 def design_effect(
@@ -262,13 +268,13 @@ def fit_reference(
         raise RiskError(f'A reference needs columns of one length and at least one row; the longest here has {rows:,}.', short)
     return DriftReference(rows, columns, answers)
 
-# %% ../nbs/11_reference.ipynb #9b1c5bd8
+# %% ../nbs/11_reference.ipynb #aca67a53
 def _with_levels(column:ColumnReference, levels:Sequence[str])->ColumnReference:
     "The same with all these levels, in this order, also those that history did not hold."
     kept = [*levels, *(level for level in column.levels if level not in levels)]
     found = {level: int(column.counts[i]) for i, level in enumerate(column.levels)}
     counts = np.array([*(found.get(level, 0) for level in kept), *column.counts[-2:]], dtype=np.int64)
-    return ColumnReference(**{**_fields(column), 'levels': tuple(kept), 'counts': counts, 'once': 0})
+    return replace(column, levels=tuple(kept), counts=counts, once=0)
 
 # %% ../nbs/11_reference.ipynb #4d880bcc
 _MAGIC = b'riskscore drift 1\n'
@@ -340,7 +346,7 @@ def _by_name(parts:Iterable[ColumnReference])->dict[str, ColumnReference]:
         found[part.name] = part
     return found
 
-# %% ../nbs/11_reference.ipynb #f80dfb02
+# %% ../nbs/11_reference.ipynb #2867b518
 def _part(entry:Mapping[str, Any], points:npt.NDArray[np.float64], counts:npt.NDArray[np.int64], rows:int)->ColumnReference:
     "One column, if it is possible."
     cells, texts, effect = len(counts), [entry['name'], entry['kind'], entry['form'], *entry['levels']], entry['effect']
@@ -351,6 +357,8 @@ def _part(entry:Mapping[str, Any], points:npt.NDArray[np.float64], counts:npt.ND
         len(inside) != 2 or inside[0] > inside[1] or any(a >= b for a, b in zip(tops, tops[1:], strict=False)),
         effect is not None and not (isinstance(effect, float) and 1 <= effect < 1e9),
         entry['form'] == 'levels' and len(points) > 0,
+        entry['form'] == 'grid' and not tops,
+        entry['form'] == 'values' and len(entry['levels']) not in (0, len(points)),
     ]
     if any(wrong):
         raise ValueError(f'column {str(entry["name"])[:40]} is not as it was written')

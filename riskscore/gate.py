@@ -25,7 +25,7 @@ from .reference import DriftReference, fit_reference, reference_from_bytes
 from .segments import segment_of
 from .swap import approved_bad_rates, swap_set
 
-# %% ../nbs/38_gate.ipynb #b4754013
+# %% ../nbs/38_gate.ipynb #fb0121b0
 _BLOCK = 2_000_000  # counts in memory at a time
 
 
@@ -37,7 +37,7 @@ def _draws(rows:int, resamples:int, seed:int)->Iterator[npt.NDArray[np.float64]]
         drawn = rng.integers(0, rows, (count, rows)) + rows * np.arange(count)[:, None]
         yield np.bincount(drawn.ravel(), minlength=count * rows).reshape(count, rows).astype(np.float64)
 
-
+# %% ../nbs/38_gate.ipynb #01f159e7
 def _auc_of(bad:npt.NDArray[np.bool_], score:npt.NDArray[np.float64])->Callable[[npt.NDArray[np.float64]], npt.NDArray[np.float64]]:
     "A function of (some, rows) counts that gives the AUC of each resample; NaN where a class is absent."
     goods, bads = np.flatnonzero(~bad), np.flatnonzero(bad)
@@ -52,13 +52,13 @@ def _auc_of(bad:npt.NDArray[np.bool_], score:npt.NDArray[np.float64])->Callable[
 
     return area
 
-# %% ../nbs/38_gate.ipynb #dd09bce1
+# %% ../nbs/38_gate.ipynb #91b7290b
 def _losses(bad:npt.NDArray[np.bool_], pd:npt.NDArray[np.float64])->dict[str, npt.NDArray[np.float64]]:
     "What each application adds to a figure that is a mean."
     p = np.clip(pd, 1e-12, 1 - 1e-12)
     return {'log_loss': -np.where(bad, np.log(p), np.log1p(-p)), 'brier': (p - bad) ** 2, 'stated': p - bad}
 
-
+# %% ../nbs/38_gate.ipynb #ced05759
 def paired_bootstrap(
     bad:npt.ArrayLike, # (rows,) outcomes: 1 = bad
     champion:npt.ArrayLike, # (rows,) its pds
@@ -93,7 +93,7 @@ def _gain(here:npt.NDArray[np.float64], drawn:npt.NDArray[np.float64], name:str,
     low, high = np.nanquantile(gains, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(gains).any() else (np.nan, np.nan)
     return {'champion': float(here[0]), 'challenger': float(here[1]), 'gain': float(sign * (here[1] - here[0])), 'low': float(low), 'high': float(high)}
 
-# %% ../nbs/38_gate.ipynb #b202fdde
+# %% ../nbs/38_gate.ipynb #b2723d3d
 _TAKEN, _STUCK = 0.5, 0.6  # a bin rises by so much, and one value is the answer of so many
 
 
@@ -114,7 +114,7 @@ def canary(
     words = f'The feed looks broken in {", ".join(list(broken)[:3])}.' if broken else 'The rows that were added look like a feed that works.'
     return {'rows': frame_rows(frame), 'broken': broken, 'passed': not broken, 'words': words}
 
-
+# %% ../nbs/38_gate.ipynb #7916e626
 def _most(values:npt.NDArray[Any])->float:
     "Share of the most frequent answer."
     if values.dtype.kind == 'O':
@@ -151,7 +151,7 @@ class GateRule:
     four_fifths: float = 0.8
     more_rows: bool = False  # may a gain that comes from more rows alone promote?
 
-# %% ../nbs/38_gate.ipynb #7208b13f
+# %% ../nbs/38_gate.ipynb #7170773f
 @dataclass(frozen=True)
 class _Judged:
     "Applications as two models see them."
@@ -162,7 +162,7 @@ class _Judged:
     decisions: tuple[npt.NDArray[np.object_], npt.NDArray[np.object_]]
     values: tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]  # realised, by the champion's value matrix
 
-
+# %% ../nbs/38_gate.ipynb #34981686
 def _judged(champion:Scorer, challenger:Scorer, frame:Frame, bad:npt.NDArray[np.float64], threads:int)->_Judged:
     "Scores applications with both models."
     answers = [scorer.frame(frame, threads) for scorer in (champion, challenger)]
@@ -204,7 +204,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': ratio[1] < rule.four_fifths <= ratio[0]})
     return found
 
-# %% ../nbs/38_gate.ipynb #a8298b6c
+# %% ../nbs/38_gate.ipynb #68cc2c26
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -223,7 +223,8 @@ def gate(
     "Holds a challenger against the champion."
     bad = frame[_outcome(champion.contract)]
     enough = _enough(bad, rule)
-    found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': by, 'rule': _plain(asdict(rule)), 'rows': dict(rows), 'canary': canary(reference, added)}
+    found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': by, 'rule': _plain(asdict(rule)), 'rows': dict(rows),
+                             'canary': canary(reference, added)}
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)
@@ -237,14 +238,14 @@ def gate(
               *_fair(found, rule), _canary_check(found['canary'])]
     return _plain(found | {'checks': checks, 'passed': all(check['passed'] for check in checks)})
 
-# %% ../nbs/38_gate.ipynb #b66edba9
+# %% ../nbs/38_gate.ipynb #77ac8678
 def _outcome(contract:Contract)->str:
     "The name of the outcome."
     if contract.target is None:
         raise RiskError(f'The contract {contract.name} has no target, so that no model can be judged by it.')
     return contract.target.name
 
-
+# %% ../nbs/38_gate.ipynb #687778fa
 def _plain(value:Any)->Any:
     "The same in plain JSON types; what is not finite becomes None."
     if isinstance(value, Mapping):
@@ -254,24 +255,24 @@ def _plain(value:Any)->Any:
     value = value.item() if isinstance(value, np.generic) else value
     return None if isinstance(value, float) and not np.isfinite(value) else value
 
-# %% ../nbs/38_gate.ipynb #d9ef47e4
+# %% ../nbs/38_gate.ipynb #6b561da7
 def _check(name:str, passed:bool, words:str)->dict[str, Any]:
     "A line of the evidence."
     return {'name': name, 'passed': bool(passed), 'words': words}
 
-
+# %% ../nbs/38_gate.ipynb #caf3a4b4
 def _enough(bad:npt.NDArray[np.float64], rule:GateRule)->dict[str, Any]:
     "Are there outcomes enough?"
     bads = int(bad.sum())
     words = f'{len(bad):,} outcomes were held back, {bads:,} of them bad; {rule.least_outcomes} with {rule.least_of_class} of each kind are needed.'
     return _check('enough outcomes', len(bad) >= rule.least_outcomes and min(bads, len(bad) - bads) >= rule.least_of_class, words)
 
-
+# %% ../nbs/38_gate.ipynb #13348260
 def _canary_check(found:Mapping[str, Any])->dict[str, Any]:
     "Did the challenger learn from a feed that works?"
     return _check('canary', found['passed'], ' '.join([found['words'], *(f'{name}: {why}.'.replace('..', '.') for name, why in found['broken'].items())]))
 
-# %% ../nbs/38_gate.ipynb #d8333650
+# %% ../nbs/38_gate.ipynb #8b92ef6b
 _TITLES = {'auc': 'AUC', 'log_loss': 'log loss'}
 
 
@@ -282,48 +283,54 @@ def _better(figures:Mapping[str, Mapping[str, float]], by:str, rule:GateRule, na
              f"({rule.level:.0%} from {found['low']:+.4f} to {found['high']:+.4f}); above 0 and at least {least:g} is asked.")
     return _check(name, found['low'] > 0 and found['gain'] >= least, words)
 
-
+# %% ../nbs/38_gate.ipynb #40b08f4f
 def _new_information(same:Mapping[str, Any], rule:GateRule)->dict[str, Any]:
     "Is a model that saw no more rows than the champion better, too?"
     check = _better({'auc': same}, 'auc', rule, 'new information')
-    ended = 'A model of the same size is better, too: the gain is new information.' if check['passed'] else 'The gain comes from more rows, not from new information.'
+    ended = ('A model of the same size is better, too: the gain is new information.' if check['passed'] else
+             'The gain comes from more rows, not from new information.')
     return check | {'passed': check['passed'] or rule.more_rows, 'words': f"With as many rows as the champion: {check['words']} {ended}"}
 
-
-def _twin(champion:Scorer, twin:tuple[FeaturePlan, Predictor], frame:Frame, bad:npt.NDArray[np.float64], rule:GateRule, seed:int, threads:int)->dict[str, float]:
+# %% ../nbs/38_gate.ipynb #c3712bf0
+def _twin(champion:Scorer, twin:tuple[FeaturePlan, Predictor], frame:Frame, bad:npt.NDArray[np.float64], rule:GateRule, seed:int,
+          threads:int)->dict[str, float]:
     "The order of a twin against the champion's."
     plan, model = twin
-    ranks = [_placed(margin) for margin in (champion.predictor.margin(champion.plan.frame(frame), threads), model.margin(plan.frame(frame), threads))]
-    return paired_bootstrap(bad, *ranks, None, rule.resamples, seed, rule.level)['auc']
+    ours, theirs = (_placed(m.margin(p.frame(frame), threads)) for m, p in ((champion.predictor, champion.plan), (model, plan)))
+    return paired_bootstrap(bad, ours, theirs, None, rule.resamples, seed, rule.level)['auc']
 
-
+# %% ../nbs/38_gate.ipynb #ecf36afb
 def _placed(margin:npt.NDArray[np.float64])->npt.NDArray[np.float64]:
     "Margins as numbers from 0 to 1 in the same order."
     return np.unique(margin, return_inverse=True)[1] / max(len(margin), 1)
 
-# %% ../nbs/38_gate.ipynb #6d1cc1cd
+# %% ../nbs/38_gate.ipynb #a5c87d12
 def _not_worse(figures:Mapping[str, Mapping[str, float]], rule:GateRule)->list[dict[str, Any]]:
     "Calibration, log loss and money."
     stated, loss, value = (figures[name] for name in ('stated', 'log_loss', 'value'))
     return [_check('calibration', stated['gain'] >= -rule.calibration_margin,
-                   f"The mean pd is {stated['champion'] * 100:.2f} points from the bad rate with the champion, {stated['challenger'] * 100:.2f} with the challenger; "
-                   f"{rule.calibration_margin * 100:g} more is allowed."),
-            _check('log loss', not loss['high'] < 0, f"Log loss {loss['champion']:.4f} to {loss['challenger']:.4f} ({loss['low']:+.4f} to {loss['high']:+.4f}); "
-                   'it may not be clearly worse.'),
-            _check('money', not value['high'] < 0, f"An application was worth {value['champion']:,.4g} under the champion's decisions, {value['challenger']:,.4g} under the "
-                   f"challenger's ({value['low']:+,.4g} to {value['high']:+,.4g}); it may not be clearly less.")]
+                   f"The mean pd is {stated['champion'] * 100:.2f} points from the bad rate with the champion, {stated['challenger'] * 100:.2f} with "
+                   f"the challenger; {rule.calibration_margin * 100:g} more is allowed."),
+            _check('log loss', not loss['high'] < 0, f"Log loss {loss['champion']:.4f} to {loss['challenger']:.4f}, a gain of {loss['gain']:+.4f} "
+                   f"({loss['low']:+.4f} to {loss['high']:+.4f}); it may not be clearly worse."),
+            _check('money', not value['high'] < 0, f"An application was worth {value['champion']:,.4g} under the champion's decisions, "
+                   f"{value['challenger']:,.4g} under the challenger's, {value['gain']:+,.4g} ({value['low']:+,.4g} to {value['high']:+,.4g}); "
+                   'it may not be clearly less.')]
 
-
+# %% ../nbs/38_gate.ipynb #179d9c99
 def _fair(found:Mapping[str, Any], rule:GateRule)->list[dict[str, Any]]:
     "Protected groups."
     groups, approvals = found['groups'], found['approvals']['groups']
-    worse = [f"{g['group']}: AUC {g['auc'][0]:.3f} to {g['auc'][1]:.3f}, calibration {g['calibration'][0]:.1%} to {g['calibration'][1]:.1%} off" for g in groups if g['worse']]
-    fewer = [f"{g['group']}: approved {g['ratio'][0]:.2f} times as often as the best group before, {g['ratio'][1]:.2f} now" for g in approvals if g['worse']]
+    worse = [f"{g['group']}: AUC {g['auc'][0]:.3f} to {g['auc'][1]:.3f}, mean pd {g['calibration'][0]:.1%} to {g['calibration'][1]:.1%} off"
+             for g in groups if g['worse']]
+    fewer = [f"{g['group']}: approved {g['ratio'][0]:.2f} times as often as the best group before, {g['ratio'][1]:.2f} now"
+             for g in approvals if g['worse']]
     size = f'{rule.group_rows} outcomes, {rule.group_of_class} of each kind'
-    return [_check('protected groups', not worse, '; '.join(worse) or f'{len(groups)} groups are large enough to judge ({size}); none is worse off by more than the margin.'),
+    calm = f'{len(groups)} groups are large enough to judge ({size}); none is worse off by more than the margin.'
+    return [_check('protected groups', not worse, '; '.join(worse) or calm),
             _check('approvals', not fewer, '; '.join(fewer) or f'No group falls below four fifths; {len(approvals)} were compared.')]
 
-
+# %% ../nbs/38_gate.ipynb #69f56869
 def _swap(bad:npt.NDArray[np.float64], seen:_Judged)->dict[str, Any]:
     "Who would change decision, among those with an outcome."
     yes = [decision == 'approve' for decision in seen.decisions]

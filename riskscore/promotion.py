@@ -34,7 +34,7 @@ class Change:
     pointer: Mapping[str, Any]  # content of the pointer before the change; empty when there was none
     link: str = ''  # SHA-256 of the line before
 
-# %% ../nbs/34_promotion.ipynb #df15fb5a
+# %% ../nbs/34_promotion.ipynb #c54a922d
 def history_of(
     pointer:str|Path, # pointer file of the model that decides, such as data/models/champion.json
 )->list[Change]: # oldest first; empty when nothing was ever changed
@@ -53,12 +53,12 @@ def history_of(
         link = digest_bytes(line.encode())
     return changes
 
-
+# %% ../nbs/34_promotion.ipynb #ca347fb3
 def _log_of(pointer:str|Path)->Path:
     "Where the changes of a pointer are kept."
     return Path(pointer).with_name(f'{Path(pointer).stem}.history.jsonl')
 
-# %% ../nbs/34_promotion.ipynb #a461a16b
+# %% ../nbs/34_promotion.ipynb #7d39cc98
 def _append(pointer:Path, change:Mapping[str, Any])->None:
     "Adds a line; it is on the disk when this returns."
     history_of(pointer)  # a damaged history is not continued
@@ -70,7 +70,7 @@ def _append(pointer:Path, change:Mapping[str, Any])->None:
         file.flush()
         os.fsync(file.fileno())
 
-
+# %% ../nbs/34_promotion.ipynb #c6b93557
 @contextmanager
 def _alone(pointer:Path)->Iterator[None]:
     "One change at a time."
@@ -79,7 +79,7 @@ def _alone(pointer:Path)->Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/34_promotion.ipynb #00bb833b
+# %% ../nbs/34_promotion.ipynb #0f98d7f8
 def _content(pointer:Path)->dict[str, Any]:
     "What a pointer says; empty when there is none."
     try:
@@ -90,7 +90,7 @@ def _content(pointer:Path)->dict[str, Any]:
         raise RiskError(f'The pointer {pointer} cannot be read: {error}. Restore it, or build a model with `ploomber build`.') from error
     return dict(found)
 
-
+# %% ../nbs/34_promotion.ipynb #d202376c
 def _now(now:datetime|None)->str:
     "A time as it is written."
     return (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec='seconds')
@@ -120,7 +120,7 @@ def promote(
             _shadow(pointer, before)
     return history_of(pointer)[-1]
 
-# %% ../nbs/34_promotion.ipynb #709b1b3a
+# %% ../nbs/34_promotion.ipynb #4b4cb3fa
 def _change(now:datetime|None, actor:str, event:str, version:str, before:Mapping[str, Any], reason:str, evidence:str)->dict[str, Any]:
     "A line to write down."
     if not reason.strip():
@@ -128,7 +128,7 @@ def _change(now:datetime|None, actor:str, event:str, version:str, before:Mapping
     return {'at': _now(now), 'actor': actor, 'event': event, 'version': version, 'before': str(before.get('version', '')), 'reason': reason,
             'evidence': evidence, 'pointer': dict(before)}
 
-
+# %% ../nbs/34_promotion.ipynb #1be6e769
 def _shadow(pointer:Path, content:Mapping[str, Any])->None:
     "Points the challenger at what decided before."
     write_text(pointer.with_name('challenger.json'), canonical_json(content))
@@ -155,7 +155,7 @@ def rollback(
             _shadow(pointer, before)
     return history_of(pointer)[-1]
 
-# %% ../nbs/34_promotion.ipynb #1878c370
+# %% ../nbs/34_promotion.ipynb #ca27411d
 def _target_of(pointer:Path, current:str, to:str|None)->dict[str, Any]:
     "The content of the pointer to go back to."
     changes = history_of(pointer)
@@ -172,7 +172,7 @@ def _target_of(pointer:Path, current:str, to:str|None)->dict[str, Any]:
         raise RiskError(f'There is no model {to} in {pointer.parent}; there are {listing(there) or "none"}.{suggest(to, there)}')
     return {'version': to, 'path': to}
 
-
+# %% ../nbs/34_promotion.ipynb #d2fbda01
 def _versions(pointer:Path)->list[str]:
     "Bundles beside a pointer."
     return sorted(path.parent.name for path in pointer.parent.glob('*/manifest.json') if not path.parent.name.startswith('.'))

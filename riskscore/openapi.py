@@ -276,7 +276,7 @@ def _receipt_schema()->dict[str, Any]:
         reviews={'type': 'array', 'items': review}, outcomes={'type': 'array', 'items': outcome},
         chain=_record(writer=_TEXT, seq={'type': 'integer', 'minimum': 1}, mac={'type': 'string', 'pattern': '^[0-9a-f]{64}$'}))
 
-# %% ../nbs/17_openapi.ipynb #c47c3497
+# %% ../nbs/17_openapi.ipynb #115b8eb7
 def _monitoring_schemas()->dict[str, Any]:
     "How the open window compares with history, and what was raised."
     flag, names, some = {'type': 'integer', 'enum': [0, 1]}, {'type': 'array', 'items': _TEXT}, {'type': 'object'}
@@ -293,7 +293,8 @@ def _monitoring_schemas()->dict[str, Any]:
         last=_or_null(_ref('ClosedWindow')), stopped={'type': 'boolean'}, reason=_TEXT, by=_TEXT, at=_or_null(_AT))
     alert = {'title': 'Alert'} | _record(alert=_ID, at=_AT, kind=_TEXT, severity={'type': 'string', 'enum': ['info', 'warning', 'critical']}, subject=_TEXT,
                                          content=some, attempts=_COUNT, delivered_at=_or_null(_AT), next_try=_or_null(_AT))
-    return {'DriftVerdict': verdict, 'ClosedWindow': closed, 'DriftStatus': status, 'Alert': alert, 'Alerts': {'type': 'array', 'items': _ref('Alert')}}
+    alerts = {'title': 'Alerts', 'type': 'array', 'items': _ref('Alert')}
+    return {'DriftVerdict': verdict, 'ClosedWindow': closed, 'DriftStatus': status, 'Alert': alert, 'Alerts': alerts}
 
 
 _VERDICTS = ['too few rows', 'noise', 'immaterial', 'material']

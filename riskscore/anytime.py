@@ -118,7 +118,7 @@ def _views(
     halves = [view[..., None] * np.array([1.0, 0.5]) for view in learnt]
     return np.concatenate([far, -far, tilts, thirds, -thirds, -parts, -2 * parts, *halves], axis=-1)
 
-# %% ../nbs/10_anytime.ipynb #1e70b1f4
+# %% ../nbs/10_anytime.ipynb #c86f62d5
 class _Course:
     "The capital of one test, how far it got, and its alarm."
 
@@ -129,12 +129,14 @@ class _Course:
         self.log_capital = np.broadcast_to(np.log(_AT_ONCE * share), (*shape, len(share))).copy()
         self.largest = np.zeros(shape)  # log of the largest e-value so far
         self.alarm_at = np.zeros(shape, dtype=np.int64)  # bets at the first alarm; 0: none
+        self.peak = self.log_capital  # who had what when it was largest
 
     def settle(self, log_factor: npt.NDArray[np.float64]) -> None:
         "One bet of everybody."
         self.log_capital = grow(self.log_capital, self.share, self.bets, log_factor, self.calm)
         self.bets += 1
         now = log_total(self.log_capital, self.bets, self.calm)
+        self.peak = np.where((now > self.largest)[..., None], self.log_capital, self.peak)
         self.largest = np.maximum(self.largest, now)
         self.alarm_at = np.where((self.alarm_at == 0) & (now >= -np.log(self.alpha)), self.bets, self.alarm_at)
 
@@ -145,13 +147,14 @@ class _Course:
 
     def state(self) -> dict[str, Any]:
         "Plain JSON types."
-        return {'bets': self.bets, 'log_capital': self.log_capital.tolist(), 'largest': self.largest.tolist(), 'alarm_at': self.alarm_at.tolist()}
+        arrays = {name: getattr(self, name).tolist() for name in ('log_capital', 'largest', 'alarm_at', 'peak')}
+        return {'bets': self.bets, **arrays}
 
     def resume(self, state: Mapping[str, Any]) -> None:
         "Goes on where a state ended."
         self.bets = int(state['bets'])
         self.log_capital, self.largest = np.array(state['log_capital'], dtype=np.float64), np.array(state['largest'], dtype=np.float64)
-        self.alarm_at = np.array(state['alarm_at'], dtype=np.int64)
+        self.alarm_at, self.peak = np.array(state['alarm_at'], dtype=np.int64), np.array(state['peak'], dtype=np.float64)
         if self.log_capital.shape[-1] != len(self.share):
             raise RiskError(f'The state of a test is of {self.log_capital.shape[-1]} bettors; this version has {len(self.share)}. Begin a new test.')
 
@@ -277,7 +280,7 @@ def from_state(
         raise RiskError(f'This is no state of a test: {type(error).__name__} {error}. Begin a new test.') from error
     return test
 
-# %% ../nbs/10_anytime.ipynb #ae92bf09
+# %% ../nbs/10_anytime.ipynb #2dc70ccd
 def verdict_of(
     test:CalibrationTest|RankingTest, # of one stream
     most:int=3, # suspects that are named
@@ -285,7 +288,7 @@ def verdict_of(
     "What a test says now."
     course = test.course
     e_value, largest = (float(np.exp(np.minimum(v, 700))) for v in (course.log_e, course.largest))
-    held = np.exp(course.log_capital - course.log_capital.max())
+    held = np.exp(course.peak - course.peak.max())
     names = test.names if isinstance(test, CalibrationTest) else [('ranking', 'order of pds')] * len(held)
     best = np.argsort(-held, kind='stable')[:most if isinstance(test, CalibrationTest) else 1]
     suspects = [{'family': names[i][0], 'view': names[i][1], 'share': float(held[i] / held.sum())} for i in best] if largest >= 1 / course.alpha else []

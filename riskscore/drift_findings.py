@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'read_sample', 'window_of', 'fit_sample', 'count_groups', 'window_rows', 'segment_rows', 'advise',
            'findings_of', 'compare_samples']
 
-# %% ../nbs/45_drift_findings.ipynb #c8f8ff79
+# %% ../nbs/45_drift_findings.ipynb #eec4e02c
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,6 +20,8 @@ from .contract import Contract
 from .core import Frame, RiskError, frame_rows, listing, suggest
 from .datasets import Batch, Join, read_frames
 from .drift import Counts, DriftRule, count_frame, histogram, judge_drift
+from .money import attribute
+from .performance import estimate_performance, pd_histogram, reference_performance
 from .reference import DriftReference, fit_reference
 from .segments import Segments, segment_of
 
@@ -213,7 +215,7 @@ def advise(
     words, *steps = (text.format(**told) for text in _ADVICE[action])
     return {'action': action, 'words': words, 'steps': steps}
 
-# %% ../nbs/45_drift_findings.ipynb #51b99684
+# %% ../nbs/45_drift_findings.ipynb #8cc23fa5
 _ADVICE = {
     'stop': ('Stop automatic decisions until the feed is repaired.',
              'Ask the owner of the feed what changed in {broken}; show the charts.',
@@ -229,7 +231,7 @@ _ADVICE = {
                'Compare stated pds with outcomes as they come in. If all pds are off by the same factor, recalibrate.',
                'If the order is lost (the AUC of new outcomes falls), retrain: the challenger must beat the champion before it replaces it.',
                'If both hold, keep the model: a change of applicants alone is no fault of the model.'),
-    'look': ('Scoring goes on; look at the columns that moved.',
+    'look': ('Scoring goes on; somebody should know why these columns moved.',
              'Look at the charts of {moved}, and ask whoever knows the business what explains them.',
              'Watch whether more columns follow: above the flag\'s share it is time to review the model.'),
     'nothing': ('Nothing has to be done.', 'Look again at the next window.'),
@@ -271,7 +273,7 @@ def _spread(sample:Sample, most:int=_MONEY_ROWS)->Frame:
     "The applications, or so many of them, evenly spread."
     return sample.frame if sample.rows <= most else sample.part(np.linspace(0, sample.rows - 1, most).astype(np.intp)).frame
 
-# %% ../nbs/45_drift_findings.ipynb #19491c31
+# %% ../nbs/45_drift_findings.ipynb #cee77c69
 def compare_samples(
     contract:Contract, # what the columns are
     history:Sample, # what they are compared with
@@ -292,4 +294,13 @@ def compare_samples(
               'segments': None, 'money': None, 'performance': None, 'currency': contract.currency}
     if segment:
         found['segments'] = {'column': segment, 'rows': segment_rows(contract, history, current, segment, rule or DriftRule())}
+    return found | (_judged_by_model(scorer, history, current, threads) if scorer else {})
+
+# %% ../nbs/45_drift_findings.ipynb #b467a392
+def _judged_by_model(scorer:Scorer, history:Sample, current:Sample, threads:int)->dict[str, Any]:
+    "What the change does to risk and money, and what performance to expect of it."
+    found: dict[str, Any] = {'money': attribute(scorer, _spread(history), _spread(current), threads)}
+    if scorer.performance is not None and current.pd is not None:
+        found['performance'] = {'reference': reference_performance(scorer.performance),
+                                'estimate': estimate_performance(scorer.performance, pd_histogram(scorer.performance, current.pd))}
     return found

@@ -16,30 +16,35 @@ from matplotlib.figure import Figure
 from .core import RiskError
 from .plots import COLOURS, add_legend, name_rows, new_axes, percent
 
-# %% ../nbs/42_drift_plots.ipynb #5bda22bd
+# %% ../nbs/42_drift_plots.ipynb #927b9975
 def _few(labels:Sequence[str], shares:Sequence[np.ndarray], most:int)->tuple[list[str], list[np.ndarray]]:
-    "At most so many rows: the others, which hold the least, are added up."
-    if len(labels) <= most:
+    "At most so many rows: the others, which hold the least, are added up; so are three and more that nobody could see."
+    seen = int((np.maximum(*shares) >= 0.002).sum())
+    if len(labels) <= min(most, seen + 2):
         return list(labels), list(shares)
-    kept = np.sort(np.argsort(-np.maximum(*shares), kind='stable')[:most - 1])
+    kept = np.sort(np.argsort(-np.maximum(*shares), kind='stable')[:min(most - 1, seen)])
     rest = np.setdiff1d(np.arange(len(labels)), kept)
     return [*(labels[i] for i in kept), f'{len(rest)} others'], [np.append(share[kept], share[rest].sum()) for share in shares]
 
-# %% ../nbs/42_drift_plots.ipynb #a2e1f5af
+# %% ../nbs/42_drift_plots.ipynb #ced1c2fa
+_BESIDE = ('rare or unseen', 'missing')
+
+
 def shares_figure(
-    shown:Mapping[str, Any], # labels, reference and now: shares of the groups; the last two are new or outside values, and the missing
+    shown:Mapping[str, Any], # labels, reference and now: shares of the groups, at the end those of rare or unseen values and of the missing
     label:str='Applications (%)', # what the shares are of
-    most:int=12, # rows, beside the last two
+    most:int=12, # rows, beside those at the end
 )->Figure:
     "Shares of the groups of a column in the reference and now."
-    if len(shown['labels']) < 3:
-        raise RiskError('There is nothing to draw: expected at least one group of values, and those of new and of missing ones.')
-    sides = [np.asarray(shown[side], dtype=np.float64) for side in ('reference', 'now')]
-    labels, shares = _few(shown['labels'][:-2], [side[:-2] for side in sides], most)
-    extra = [i for i in (-2, -1) if sides[0][i] or sides[1][i]]
+    names, sides = list(shown['labels']), [np.asarray(shown[side], dtype=np.float64) for side in ('reference', 'now')]
+    usual = len(names) - sum(name in _BESIDE for name in names[-2:])
+    if not usual:
+        raise RiskError('There is nothing to draw: expected at least one group of values.')
+    labels, shares = _few(names[:usual], [side[:usual] for side in sides], most)
+    extra = [i for i in range(usual, len(names)) if max(side[i] for side in sides) >= 0.001]
     then, now = (np.append(share, side[extra])[::-1] for share, side in zip(shares, sides, strict=True))
     figure, axes = new_axes(label, '', (4.2, 0.8))
-    name_rows(axes, [*labels, *(shown['labels'][i] for i in extra)][::-1], height=0.19)
+    name_rows(axes, [*labels, *(names[i] for i in extra)][::-1], height=0.19)
     rows = np.arange(len(then))
     axes.barh(rows, then, height=0.8, color=COLOURS['muted'], alpha=0.35, label='reference')
     axes.barh(rows, now, height=0.36, color=COLOURS['first'], label='now')
@@ -52,7 +57,7 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #8e20b6b2
+# %% ../nbs/42_drift_plots.ipynb #c10f76ca
 _SHADES = {'low': 0.1, 'moderate': 0.4, 'high': 0.85}
 
 
@@ -73,7 +78,8 @@ def evolution_figure(
         axes.bar([i for i, _ in cells], 0.9, 0.94, [row - 0.45 for _, row in cells], color=COLOURS['second'], alpha=shade, label=f'{band} PSI')
     for state, marker in (('material', 'o'), ('broken', 'X')):
         cells = [(i, row) for i, window in enumerate(found) for row, name in enumerate(names) if name in window and _state(window[name]) == state]
-        axes.plot([i for i, _ in cells], [row for _, row in cells], marker, color=COLOURS['ink'], markersize=3.5 if state == 'material' else 6, label=state)
+        if cells:
+            axes.plot([i for i, _ in cells], [row for _, row in cells], marker, color=COLOURS['ink'], markersize=3.5 if state == 'material' else 6, label=state)
     axes.grid(visible=False)
     axes.set_ylim(-0.6, len(names) - 0.4)
     _window_ticks(axes, [str(window['window']) for window in windows])
@@ -117,7 +123,7 @@ def drift_share_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, borderaxespad=0.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #b9fb79f3
+# %% ../nbs/42_drift_plots.ipynb #124526cf
 def parts_figure(
     parts:Mapping[str, float], # column -> its part of a change
     label:str='Change of the mean log-odds', # what they are parts of, with its unit
@@ -143,5 +149,5 @@ def parts_figure(
     axes.axvline(0, color=COLOURS['muted'], linewidth=1)
     axes.axhline(0.5, color=COLOURS['muted'], linewidth=1, linestyle=(0, (1, 2)))
     axes.grid(visible=False, axis='y')
-    axes.margins(x=0.18, y=0.02)
+    axes.margins(x=0.24, y=0.02)
     return figure

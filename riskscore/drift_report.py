@@ -7,7 +7,7 @@ __all__ = ['DRIFT_CSS', 'column_light', 'window_state', 'drift_conclusion', 'dri
            'window_section', 'money_section', 'answer_section', 'segment_section', 'performance_section',
            'advice_section', 'figures_section', 'drift_sections', 'drift_page']
 
-# %% ../nbs/46_drift_report.ipynb #f6940359
+# %% ../nbs/46_drift_report.ipynb #5a0ba8a6
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from . import __version__
 from .core import listing
 from .drift_plots import drift_share_figure, evolution_figure, parts_figure, shares_figure
 from .exporter import _anchored, _contents, _page, _words
-from .reports import escape, key_figures, show_figure, show_table, show_value
+from .reports import escape, key_figures, short_numbers, show_figure, show_money, show_table, show_value
 
-# %% ../nbs/46_drift_report.ipynb #9394cf9e
+# %% ../nbs/46_drift_report.ipynb #ea508ac1
 _LIGHTS = {'broken': ('✕', 'bad'), 'material': ('▲', 'warn'), 'immaterial': ('●', 'good'), 'noise': ('○', 'good'), 'too few rows': ('…', '')}
 _STATES = {'stop': ('✕', 'bad'), 'flag': ('▲', 'warn'), 'calm': ('○', 'good'), 'not judged': ('…', '')}
 
@@ -29,6 +29,7 @@ DRIFT_CSS = '''
 .rs-light.bad {border-color: #d55e00; background: color-mix(in srgb, #d55e00 18%, transparent); font-weight: 600}
 .rs-grid {display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 21em), 1fr)); gap: 0 2em; align-items: start}
 .rs-grid h3 {overflow-wrap: anywhere; margin: 1.2em 0 0} .rs-grid .rs-figure {margin: .2em 0 1em}
+@media screen {.rs-why td:last-child:not(.n) {min-width: 15em}}
 @media print {.rs-grid > section {break-inside: avoid}}
 '''
 
@@ -46,24 +47,28 @@ def window_state(
     "What a verdict calls for."
     return 'stop' if verdict['stop'] else 'flag' if verdict['flag'] else 'not judged' if verdict['drift_share'] is None else 'calm'
 
-# %% ../nbs/46_drift_report.ipynb #91b87ebe
+# %% ../nbs/46_drift_report.ipynb #cdb23282
 def _lit(table:str)->str:
     "Marks in the cells of a table as lights."
     tones = dict((*_LIGHTS.values(), *_STATES.values()))
-    return re.sub(rf'<td>([{"".join(tones)}]) ([a-z ]+)</td>', lambda m: f'<td><span class="rs-light {tones[m[1]]}">{m[1]} {m[2]}</span></td>', table)
+    return re.sub(rf'<td>([{"".join(tones)}]) ([a-z, ]+)</td>', lambda m: f'<td><span class="rs-light {tones[m[1]]}">{m[1]} {m[2]}</span></td>', table)
 
 # %% ../nbs/46_drift_report.ipynb #698448af
 def _marked(name:str, lights:Mapping[str, tuple[str, str]])->str:
     "A light as a cell."
     return f'{lights[name][0]} {name}'
 
-# %% ../nbs/46_drift_report.ipynb #f0af21d4
-def _moved(share:Mapping[str, Any])->str:
-    "A share then and now; a dash where there never was one."
-    then, now = share['reference'], share['now']
-    return '–' if not then and not now else f'{show_value(float(then), ".1%")} → {show_value(float(now), ".1%")}'
+# %% ../nbs/46_drift_report.ipynb #e5570b2a
+_SLIGHT = 8 # rows of the first table that columns with little drift fill up
+_SHARES = {'null': 'missing', 'unseen': 'new', 'outside': 'outside'}
 
-# %% ../nbs/46_drift_report.ipynb #0ac2a477
+
+def _beside(column:Mapping[str, Any])->str:
+    "Shares of missing, new and outside values then and now, where they differ by half a point or more."
+    told = [(words, column[key]['reference'], column[key]['now']) for key, words in _SHARES.items()]
+    return '; '.join(f'{words} {then:.1%} → {now:.1%}' for words, then, now in told if abs(now - then) >= 0.005) or '–'
+
+# %% ../nbs/46_drift_report.ipynb #7598c39b
 _TONES = {'stop': 'bad', 'flag': 'warn', 'calm': 'good', 'not judged': 'warn'}
 
 
@@ -74,9 +79,11 @@ def drift_conclusion(
     state = window_state(findings)
     compared = f"{findings['rows']:,} applications ({findings['name']}) were compared with {findings['reference_rows']:,} ({findings['reference_name']})"
     refused = f"; {findings['refused']:,} more break a hard limit, which the service refuses, and are not counted" if findings.get('refused') else ''
-    return [f'**{_STATES[state][0]} {findings["words"]}**', f'{findings["advice"]["words"]}', f'{compared}{refused}.'], _TONES[state]
+    since = [w for w in findings.get('windows') or [] if window_state(w) in ('stop', 'flag')]
+    first = f' The first window with a {window_state(since[0])} is {since[0]["window"]}.' if since else ''
+    return [f'**{_STATES[state][0]} {findings["words"]}**', f'{findings["advice"]["words"]}{first}', f'{compared}{refused}.'], _TONES[state]
 
-# %% ../nbs/46_drift_report.ipynb #87bd0a1a
+# %% ../nbs/46_drift_report.ipynb #e638671f
 def drift_tiles(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -84,7 +91,7 @@ def drift_tiles(
     share, rule, approval = findings['drift_share'], findings['rule'], findings.get('approval')
     figures = {'Columns with material drift': findings['material'], 'Drift share': share, 'Broken columns': len(findings['broken']), 'Applications': findings['rows']}
     notes = {'Columns with material drift': f'of {findings["watched"]} watched', 'Drift share': f'above {rule["flag_share"]:.0%} raises the flag',
-             'Broken columns': f'{findings["stop_share"]:.1%} of all; {rule["stop_share"]:.0%} or one column stops' if findings['rows'] >= rule['stop_rows']
+             'Broken columns': f'of {findings["watched"]} watched; {rule["stop_share"]:.0%} of them, at least one, stops' if findings['rows'] >= rule['stop_rows']
              else f'no stop below {rule["stop_rows"]} applications'}
     if approval:
         figures['Approval rate'], notes['Approval rate'] = approval['now'], f'{approval["reference"]:.1%} in the reference'
@@ -95,25 +102,39 @@ def _figure(value:float|None)->str:
     "A figure of a column; a dash where it was not judged."
     return '–' if value is None else '< 0.001' if 0 < value < 0.001 else show_value(float(value), '.3f')
 
-# %% ../nbs/46_drift_report.ipynb #b12d5638
+# %% ../nbs/46_drift_report.ipynb #56bf4390
+def _readable(text:str)->str:
+    "Numbers of a text as a reader writes them: no exponents, at most four digits after leading zeros."
+    plain = re.sub(r'\d[\d.]*e\+?\d+', lambda m: f'{float(m[0]):,.0f}', text)
+    return re.sub(r'\d+\.\d{4,}(?![\d%])', lambda m: short_numbers(m[0]), plain)
+
+# %% ../nbs/46_drift_report.ipynb #c7c1fa50
+def _moved_most(column:Mapping[str, Any])->str:
+    "Why a column was judged so, without the figures that stand beside it."
+    _, _, moved = column['why'].partition(': ')
+    return _readable(moved if moved and column['why'].startswith('PSI') else column['why'])
+
+# %% ../nbs/46_drift_report.ipynb #9290203b
 def column_table(
     findings:Mapping[str, Any], # of `compare_samples`
     most:int=40, # columns shown
 )->str: # HTML
     "Columns that have changed, worst first."
-    told = [c for c in findings['columns'] if column_light(c) in ('broken', 'material', 'immaterial')]
-    quiet = [c for c in findings['columns'] if column_light(c) == 'noise']
-    few = len(findings['columns']) - len(told) - len(quiet)
-    words = ', '.join([*([f'{len(quiet):,} show nothing beyond chance'] if quiet else []), *([f'{few:,} hold too few values to judge'] if few else [])])
-    note = f'<p>{len(told):,} of {len(findings["columns"]):,} columns have changed{words and "; "}{words}.</p>'
-    if not told:
+    lights = [column_light(c) for c in findings['columns']]
+    told = [c for c, light in zip(findings['columns'], lights, strict=True) if light in ('broken', 'material')]
+    slight = [c for c, light in zip(findings['columns'], lights, strict=True) if light == 'immaterial']
+    counts = {'have changed': len(told), 'moved beyond chance, but by little': len(slight), 'show nothing beyond chance': lights.count('noise'),
+              'hold too few values to judge': lights.count('too few rows')}
+    note = f'<p>Of {len(lights):,} columns {"; ".join(f"{n:,} {words}" for words, n in counts.items() if n)}. All of them are in the last table.</p>'
+    shown = [*told, *slight[:max(0, _SLIGHT - len(told))]]
+    if not shown:
         return note
-    table = {'Column': [c['column'] for c in told], 'Verdict': [_marked(column_light(c), _LIGHTS) for c in told], 'Why': [c['why'] for c in told],
-             'PSI': [_figure(c['psi']) for c in told], 'By chance up to': [_figure(c['psi_critical']) for c in told], 'Band': [c['band'] or '–' for c in told],
-             **{head: [_moved(c[key]) for c in told] for head, key in (('Missing', 'null'), ('New values', 'unseen'), ('Outside', 'outside'))}}
-    quiet_heads = [head for head in ('Missing', 'New values', 'Outside') if set(table[head]) == {'–'}]
-    caption = 'Missing, new values, outside (of the middle 99.8% of the reference): share of the applications in the reference → now'
-    return note + _lit(show_table({k: v for k, v in table.items() if k not in quiet_heads}, caption, limit=most).data)
+    table = {'Column': [c['column'] for c in shown], 'Verdict': [f'{_marked(column_light(c), _LIGHTS)}, {c["band"]}' for c in shown],
+             'PSI': [c['psi'] for c in shown], 'By chance up to': [c['psi_critical'] for c in shown], 'Beside the usual values': [_beside(c) for c in shown],
+             'Why': [_moved_most(c) for c in shown]}
+    caption = ('A PSI is low below 0.10 and high above 0.25. Beside the usual values: missing, new or outside (beyond the middle 99.8% of the reference), '
+               'as shares of the applications in the reference → now.')
+    return f'{note}<div class="rs-why">{_lit(show_table(table, caption, formats={"PSI": ".3f", "By chance up to": ".4f"}, limit=most).data)}</div>'
 
 # %% ../nbs/46_drift_report.ipynb #0d7be6fe
 def _alt(name:str, shown:Mapping[str, Any])->str:
@@ -121,20 +142,28 @@ def _alt(name:str, shown:Mapping[str, Any])->str:
     moves = sorted(zip(shown['labels'], shown['reference'], shown['now'], strict=True), key=lambda row: -abs(row[2] - row[1]))[:3]
     return f'{name}, share of the applications in the reference and now: ' + '; '.join(f'{label}: {then:.1%}, {now:.1%}' for label, then, now in moves)
 
-# %% ../nbs/46_drift_report.ipynb #ac273533
+# %% ../nbs/46_drift_report.ipynb #27a147e3
+def _chart(shown:Mapping[str, Any], column:Mapping[str, Any])->str:
+    "The chart of a column or of an answer, with why it was judged so."
+    labels = [_readable(str(label)) for label in shown['labels']]
+    if column['column'] == 'pd':
+        labels = [re.sub(r'\d\.\d+', lambda m: f'{float(m[0]):.1%}', label) for label in labels]
+    shown = {**shown, 'labels': labels}
+    return show_figure(shares_figure(shown), _readable(column['why']), _alt(column['column'], shown)).data
+
+# %% ../nbs/46_drift_report.ipynb #31498d35
 def column_charts(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
     "Charts of the columns that moved most."
-    known = {c['column']: c for c in findings['columns']}
-    charts = [(name, shown) for name, shown in findings['charts'].items() if name in known]
-    cells = [f'<section><h3>{escape(name)}</h3>{show_figure(shares_figure(shown), known[name]["why"], _alt(name, shown)).data}</section>' for name, shown in charts]
+    shown = [c for c in findings['columns'] if c['column'] in findings['charts']]
+    cells = [f'<section><h3>{escape(c["column"])}</h3>{_chart(findings["charts"][c["column"]], c)}</section>' for c in shown]
     return f'<div class="rs-grid">{"".join(cells)}</div>' if cells else '<p>No column holds enough values for a chart.</p>'
 
-# %% ../nbs/46_drift_report.ipynb #ca046dbf
-_STATE_WORDS = {'stop': 'would stop automatic decisions', 'flag': 'raise the flag', 'calm': 'are calm', 'not judged': 'hold too few applications to judge'}
+# %% ../nbs/46_drift_report.ipynb #02e29a59
+_STATE_WORDS = {'stop': 'with a stop', 'flag': 'with a flag', 'calm': 'calm', 'not judged': 'with too few applications to judge'}
 
-# %% ../nbs/46_drift_report.ipynb #48885efb
+# %% ../nbs/46_drift_report.ipynb #bc4973ec
 def window_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -147,7 +176,7 @@ def window_section(
     states = [window_state(w) for w in windows]
     counts = {state: states.count(state) for state in _STATES if state in states}
     judged = [w for w in windows if any(c['verdict'] != 'too few rows' for c in w['columns'].values())]
-    text = f'Of {len(windows)} windows: ' + ', '.join(f'{n} {_STATE_WORDS[state]}' for state, n in counts.items()) + '.'
+    text = f'{len(windows)} windows: ' + ', '.join(f'{n} {_STATE_WORDS[state]}' for state, n in counts.items()) + '.'
     charts = [show_figure(drift_share_figure(windows, line), 'Share of the watched columns with material drift. ' + text).data]
     if judged:
         charts.append(show_figure(evolution_figure(windows), 'The columns with the highest PSI in any window; a dot is material drift, a cross a broken column.').data)
@@ -159,10 +188,26 @@ def window_section(
     shown = show_table(table, 'Window by window', formats={k: v for k, v in forms.items() if k in table}).data
     return ''.join(charts) + _lit(shown)
 
-# %% ../nbs/46_drift_report.ipynb #cac34c9f
-_MONEY_WORDS = {'log_odds': 'Mean log-odds', 'approval_rate': 'Approval rate', 'expected_loss': 'Expected loss per application'}
+# %% ../nbs/46_drift_report.ipynb #b20d85ca
+_MONEY: dict[str, tuple[str, str|None, str]] = {'log_odds': ('Mean log-odds of default', '.3f', '+.3f'), 'approval_rate': ('Approval rate', '.1%', '+.2%'),
+          'expected_loss': ('Expected loss per application', None, '+,.4g')}
+_MONEY_ROWS = 10
 
-# %% ../nbs/46_drift_report.ipynb #3999ca4d
+
+def _money_table(money:Mapping[str, Any])->tuple[dict[str, list[Any]], dict[str, str]]:
+    "The columns with the largest parts in any of the figures, the others together, and the sum; with formats."
+    parts = [money[key]['parts'] for key in _MONEY]
+    sizes = [max(map(abs, part.values()), default=0.0) or 1.0 for part in parts]
+    weight = {name: max(abs(part.get(name, 0.0)) / size for part, size in zip(parts, sizes, strict=True)) for part in parts for name in part}
+    names = sorted(weight, key=lambda name: (-weight[name], name))[:_MONEY_ROWS]
+    table: dict[str, list[Any]] = {'Column': [*names, 'all others', 'all together']}
+    for (words, _, _), key in zip(_MONEY.values(), _MONEY, strict=True):
+        told, change = [money[key]['parts'].get(name) for name in names], money[key]['change']
+        table[words] = [*told, change - sum(part or 0.0 for part in told), change]
+    loss = max(abs(part) for part in table['Expected loss per application'] if part is not None)
+    return table, {words: form for words, _, form in _MONEY.values()} | ({'Expected loss per application': '+,.0f'} if loss >= 1000 else {})
+
+# %% ../nbs/46_drift_report.ipynb #05111346
 def money_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -170,20 +215,22 @@ def money_section(
     money = findings.get('money')
     if not money:
         return '<p>This needs a model: <code>--model data/models/champion.json</code>.</p>'
-    odds, currency = money['log_odds'], findings.get('currency') or ''
-    figures = {words: money[key] for key, words in _MONEY_WORDS.items() if key in money}
-    forms = {words: '.1%' if key == 'approval_rate' else ',.4g' if key == 'expected_loss' else '.3f' for key, words in _MONEY_WORDS.items()}
-    tiles = key_figures({w: f['now'] for w, f in figures.items()}, {w: f'{show_value(f["reference"], forms[w])} in the reference' for w, f in figures.items()}, forms).data
+    odds = money['log_odds']
+    figures = {words: money[key] for key, (words, _, _) in _MONEY.items()}
+    forms = {words: form for words, form, _ in _MONEY.values()}
+    notes = {w: f'{show_value(f["reference"], forms[w])} in the reference' for w, f in figures.items()}
+    tiles = key_figures({w: f['now'] for w, f in figures.items()}, notes, {w: form for w, form in forms.items() if form}).data
     direction = 'riskier' if odds['change'] > 0 else 'safer'
     note = f'By the model the applications are {direction}: bars to the right make them riskier, to the left safer. The bars add up to the change.'
-    chart = show_figure(parts_figure(odds['parts']), note).data
-    order = sorted(odds['parts'], key=lambda name: -abs(odds['parts'][name]))[:10]
-    table = {'Column': order, **{f'{words}{f" ({currency})" if currency and key == "expected_loss" else ""}': [money[key]['parts'][name] for name in order]
-                                 for key, words in _MONEY_WORDS.items() if money.get(key, {}).get('parts')}}
-    heads = {head: '+.2%' if head.startswith('Approval') else '+,.4g' if head.startswith('Expected') else '+.3f' for head in list(table)[1:]}
-    return tiles + chart + show_table(table, 'What the ten columns with the largest parts did to each', formats=heads).data
+    samples = (f'Computed from {money["rows"]["reference"]:,} applications of the reference and {money["rows"]["now"]:,} of now, '
+               'so shares may differ a little from those of all applications.')
+    loss = money['expected_loss']['change'] * findings['rows']
+    words = f'For all {findings["rows"]:,} applications the expected loss is {show_money(abs(loss), money["currency"])} {"higher" if loss > 0 else "lower"} than it was.'
+    table, formats = _money_table(money)
+    return (f'{tiles}<p>{escape(words)} {escape(samples)} {escape(money["note"])}</p>{show_figure(parts_figure(odds["parts"]), note).data}'
+            f'{show_table(table, "Who brought the change about: each column of figures adds up to its last row", formats=formats).data}')
 
-# %% ../nbs/46_drift_report.ipynb #96b72ea4
+# %% ../nbs/46_drift_report.ipynb #f834df02
 def answer_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -192,9 +239,7 @@ def answer_section(
     if not answers:
         return '<p>This needs a model: <code>--model data/models/champion.json</code>.</p>'
     heads = {'pd': 'Probability of default', 'decision': 'Decision'}
-    cells = [f'<section><h3>{heads.get(name, name)}</h3>'
-             f'{show_figure(shares_figure(findings["charts"][name]), answer["why"], _alt(name, findings["charts"][name])).data}</section>'
-             for name, answer in answers.items()]
+    cells = [f'<section><h3>{heads.get(name, name)}</h3>{_chart(findings["charts"][name], answer)}</section>' for name, answer in answers.items()]
     approval = findings.get('approval')
     text = ''
     if approval:
@@ -252,26 +297,26 @@ def advice_section(
              'What to do': [do for _, do in _TO_DO.values()]}
     return f'<p><strong>{escape(advice["words"])}</strong></p><ol>{steps}</ol>{_lit(show_table(table, "The lights of a column").data)}'
 
-# %% ../nbs/46_drift_report.ipynb #594d4c52
+# %% ../nbs/46_drift_report.ipynb #95a1e2d1
 def figures_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
     "All columns in figures, and the rules."
     columns, rule = findings['columns'], findings['rule']
-    heads = {'PSI': 'psi', 'By chance up to': 'psi_critical', 'p': 'p', 'p of all': 'p_adjusted', 'Widest gap': 'ks', 'Gap by chance up to': 'ks_critical',
-             'Jensen-Shannon': 'js', 'JS by chance up to': 'js_critical'}
+    heads = {'PSI': 'psi', 'by chance': 'psi_critical', 'p': 'p', 'p of all': 'p_adjusted', 'Widest gap': 'ks', 'gap by chance': 'ks_critical',
+             'Jensen-Shannon': 'js', 'JS by chance': 'js_critical'}
     table = {'Column': [c['column'] for c in columns], 'Verdict': [_marked(column_light(c), _LIGHTS) for c in columns],
-             **{head: [_figure(c.get(key)) for c in columns] for head, key in heads.items()},
-             **{head: [_moved(c[key]) for c in columns] for head, key in (('Missing', 'null'), ('New values', 'unseen'), ('Outside', 'outside'))}}
-    caption = 'p: probability that chance alone makes such a PSI; of all: after all columns are counted (Benjamini-Hochberg). Widest gap: Kolmogorov-Smirnov.'
+             **{head: [c.get(key) for c in columns] for head, key in heads.items()}, 'Beside the usual values': [_beside(c) for c in columns]}
+    caption = ('By chance: what chance alone exceeds once in 100 times. p: probability that chance alone makes such a PSI; of all: all columns counted '
+               '(Benjamini-Hochberg). Widest gap: Kolmogorov-Smirnov distance; Jensen-Shannon: another distance, about an eighth of the PSI.')
     rules = [f'A column has moved beyond chance when its p, all columns counted, is below {rule["alpha"]:.0%}; it is material when its PSI is also at least '
              f'{rule["bands"][0]:.2f} (moderate; high above {rule["bands"][1]:.2f}).',
              f'The flag is raised when more than {rule["flag_share"]:.0%} of the watched columns are material.',
              f'A column is broken when its missing, new or outside values rise by more than {100 * rule["broken_points"]:.0f} points and by over '
-             f'{rule["broken_errors"]:.0f} standard errors. Scoring stops when {rule["stop_share"]:.0%} of the columns, or one, are broken.',
+             f'{rule["broken_errors"]:.0f} standard errors. Scoring stops when {rule["stop_share"]:.0%} of the columns, and at least one, are broken.',
              f'A column is judged from {rule["column_rows"]} values on, the flag from {rule["flag_rows"]} applications and a stop from {rule["stop_rows"]}.',
              f'Sample sizes: {findings["note"]}. Columns that move with the calendar are left out by the contract.']
-    return f'<ul>{"".join(f"<li>{escape(r)}</li>" for r in rules)}</ul>{_lit(show_table(table, caption, limit=400).data)}'
+    return f'<ul>{"".join(f"<li>{escape(r)}</li>" for r in rules)}</ul>{_lit(show_table(table, caption, formats=dict.fromkeys(heads, ".3f"), limit=400).data)}'
 
 # %% ../nbs/46_drift_report.ipynb #5633aa15
 _PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {

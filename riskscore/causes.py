@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['CAUSES', 'ACTIONS', 'Cause', 'question', 'cause_of']
 
-# %% ../nbs/32_causes.ipynb #489c03ab
-from collections.abc import Mapping, Sequence
+# %% ../nbs/32_causes.ipynb #f27da243
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -46,15 +46,16 @@ def question(
     now, before = (float(column[sign][when]) for when in ('now', 'reference'))
     return f"{column['column']}: {what} in {now:.1%} of applications, {before:.1%} in history. Ask those who deliver it {why}."
 
-# %% ../nbs/32_causes.ipynb #c175e32b
+# %% ../nbs/32_causes.ipynb #ecc99a66
 def cause_of(
     verdict:Mapping[str, Any]|None, # what judge_drift gave for the last closed window; None: nobody looked
     concept:Mapping[str, Any]|None=None, # what the test of matured outcomes says: alarm, and what it knows of its parts; None: no outcomes yet
+    accepted:Collection[str]=(), # columns that look broken, and that a person has found right
 )->Cause: # the cause and the action
     "Why the present differs from history."
     seen, tested = verdict or {}, concept or {}
     columns = {c['column']: c for c in seen.get('columns', [])}
-    if broken := tuple(seen.get('broken', ())):
+    if broken := tuple(name for name in seen.get('broken', ()) if name not in accepted):
         ask = tuple(question(columns.get(name, {'column': name})) for name in broken)
         return Cause('broken feed', 'veto', broken, f'The feed is broken in {_named(broken)}. Nothing is learnt from it.', ask)
     moved = tuple(name for name, c in columns.items() if c.get('verdict') == 'material')

@@ -52,7 +52,7 @@ def verdict_for(
         return verdict, ''
     return None, 'The drift report compares with another model\'s history and is left aside.'
 
-# %% ../nbs/39_challenge.ipynb #7ca890b3
+# %% ../nbs/39_challenge.ipynb #0c62c269
 @dataclass(frozen=True)
 class Terms:
     "How a retraining is done."
@@ -61,6 +61,7 @@ class Terms:
     cool_down: float = 30.0  # days of rest after a change
     held_back: float = 0.4  # share of recent outcomes that judge, the latest
     force: bool = False  # train without a cause, and without rest?
+    accepted: tuple[str, ...] = ()  # columns that look broken, and that a person has found right
     dry_run: bool = False  # change nothing?
     actor: str = 'riskscore'
     threads: int = 1
@@ -70,7 +71,7 @@ class Terms:
 DECIDED = {'kept': 'The model stays', 'resting': 'The model rests', 'vetoed': 'Nothing was learnt', 'refused': 'The challenger was refused',
            'promoted': 'The challenger decides now', 'would promote': 'The challenger would be promoted'}
 
-# %% ../nbs/39_challenge.ipynb #8f70d319
+# %% ../nbs/39_challenge.ipynb #f714aff1
 def consider(
     pointer:str|Path, # of the model that decides
     history:str|Path, # what it learnt from: a typed table, or a file that the contract reads
@@ -84,8 +85,8 @@ def consider(
     "Decides whether another model takes over, and sees to it."
     champion = load_bundle(pointer)
     about, note = verdict_for(verdict, champion)
-    cause = cause_of(about, concept)
-    evidence = {'champion': champion.version, 'challenger': None, 'cause': cause.to_dict(), 'note': note, 'forced': terms.force, 'gate': None,
+    cause = cause_of(about, concept, terms.accepted)
+    evidence = {'champion': champion.version, 'challenger': None, 'cause': cause.to_dict(), 'note': note, 'forced': terms.force, 'accepted': list(terms.accepted), 'gate': None,
                 'recent': {'outcomes': recent.rows if recent else 0, 'left_out': dict(recent.left_out) if recent else {}}}
     if stays := _stays(cause, recent, cooling(pointer, terms.cool_down, now), terms):
         return _sealed(evidence | stays, pointer, terms)
@@ -115,7 +116,7 @@ def _decided(decision:str, words:str, then:str)->dict[str, Any]:
     "A decision in words."
     return {'decision': decision, 'words': f'{DECIDED[decision]}. {words}', 'next': then.strip()}
 
-# %% ../nbs/39_challenge.ipynb #94411c7a
+# %% ../nbs/39_challenge.ipynb #4351c89b
 def _challenged(champion:Scorer, history:str|Path, recent:Recent|None, cause:Cause, terms:Terms, everybody:Frame|None,
                 models:Path)->tuple[dict[str, Any], Path|None]:
     "Trains a challenger and holds it against the champion: what the evidence says of it, and its bundle."
@@ -130,7 +131,7 @@ def _challenged(champion:Scorer, history:str|Path, recent:Recent|None, cause:Cau
         words = f'{cause.words} No challenger could be trained: {error.message}'
         return _decided('refused', words, 'Wait for more outcomes.') | {'problems': error.problems}, None
     found = gate(champion, load_bundle(made.bundle), judge.frame, reference_of(champion, blocks), learn.frame, rows=made.rows, twin=made.twin,
-                 everybody=everybody, by=by, rule=terms.rule, seed=terms.seed, threads=terms.threads)
+                 everybody=everybody, accepted=terms.accepted, by=by, rule=terms.rule, seed=terms.seed, threads=terms.threads)
     about = {'version': made.bundle.name, 'memory': made.memory, 'rows': dict(made.rows), 'learnt': learn.rows, 'judged': judge.rows,
              'recalibrated': cause.action == 'recalibrate'}
     return {**_verdict_of(cause, found, made), 'challenger': about, 'gate': found}, made.bundle

@@ -5,9 +5,11 @@
 # %% auto #0
 __all__ = ['paired_bootstrap', 'canary', 'reference_of', 'GateRule', 'gate']
 
-# %% ../nbs/38_gate.ipynb #6c8af42a
-from collections.abc import Callable, Iterator, Mapping, Sequence
+# %% ../nbs/38_gate.ipynb #4003956c
+from collections import Counter
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import NormalDist
 from typing import Any
 
 import numpy as np
@@ -16,12 +18,12 @@ import numpy.typing as npt
 from .bundle import Scorer
 from .contract import DECISIONS, Contract
 from .core import Frame, RiskError, frame_rows
-from .drift import count_frame, histogram, judge_drift
+from .drift import count_frame, judge_drift
 from .fairness import protected_columns
 from .features import FeaturePlan
 from .predictors import Predictor
 from .ranking import auc, checked
-from .reference import DriftReference, fit_reference, reference_from_bytes
+from .reference import ColumnReference, DriftReference, cells_of, fit_reference, reference_from_bytes
 from .segments import segment_of
 from .swap import approved_bad_rates, swap_set
 
@@ -93,35 +95,35 @@ def _gain(here:npt.NDArray[np.float64], drawn:npt.NDArray[np.float64], name:str,
     low, high = np.nanquantile(gains, [(1 - level) / 2, (1 + level) / 2]) if np.isfinite(gains).any() else (np.nan, np.nan)
     return {'champion': float(here[0]), 'challenger': float(here[1]), 'gain': float(sign * (here[1] - here[0])), 'low': float(low), 'high': float(high)}
 
-# %% ../nbs/38_gate.ipynb #b2723d3d
-_TAKEN, _STUCK = 0.5, 0.6  # a bin rises by so much, and one value is the answer of so many
-
-
+# %% ../nbs/38_gate.ipynb #1fb82c78
 def canary(
     reference:DriftReference, # of history
     frame:Frame, # typed rows that were learnt from beside it
-)->dict[str, Any]: # rows, broken (column to why), passed, words
+    accepted:Collection[str]=(), # columns that a person has looked into and found right
+)->dict[str, Any]: # rows, broken (column to why), accepted, passed, words
     "Do the rows that were added look like a feed that works?"
-    counts = count_frame(reference, frame)
-    verdict = judge_drift(reference, counts)
+    verdict = judge_drift(reference, count_frame(reference, frame))
     broken = {c['column']: str(c['why']) for c in verdict['columns'] if c['broken']}
-    for name in reference.columns:
-        share = _most(frame[name])
-        shares = histogram(reference, counts, name)
-        rise = float(np.max(np.asarray(shares['now']) - np.asarray(shares['reference'])))
-        if name not in broken and share > _STUCK and rise > _TAKEN:
-            broken[name] = f'one value is the answer of {share:.0%}, where its bin held {rise * 100:.0f} points less in history'
+    broken |= {name: why for name, column in reference.columns.items() if name not in broken and (why := _stuck(column, frame[name]))}
+    broken = {name: why for name, why in broken.items() if name not in accepted}
     words = f'The feed looks broken in {", ".join(list(broken)[:3])}.' if broken else 'The rows that were added look like a feed that works.'
-    return {'rows': frame_rows(frame), 'broken': broken, 'passed': not broken, 'words': words}
+    return {'rows': frame_rows(frame), 'broken': broken, 'accepted': sorted(accepted), 'passed': not broken, 'words': words}
 
-# %% ../nbs/38_gate.ipynb #7916e626
-def _most(values:npt.NDArray[Any])->float:
-    "Share of the most frequent answer."
-    if values.dtype.kind == 'O':
-        _, counts = np.unique([str(v) for v in values.tolist() if v is not None], return_counts=True)
-    else:
-        _, counts = np.unique(values[np.isfinite(values)], return_counts=True)
-    return float(counts.max(initial=0) / max(len(values), 1))
+# %% ../nbs/38_gate.ipynb #ed96ab99
+_RISE = {'grid': 0.15}  # points by which one answer may rise, in a column of many values
+_RISE_OF_FEW = 0.5 # in a column of few values, whose shares move by themselves
+
+
+def _stuck(column:ColumnReference, values:npt.NDArray[Any])->str:
+    "Whether one answer has taken over, in words; an empty string when none has."
+    known = [v for v in values.tolist() if v is not None and v == v]
+    if not known:
+        return ''
+    answer, count = Counter(known).most_common(1)[0]
+    share = count / len(values)
+    cell = cells_of(column, np.array([answer], dtype=values.dtype))[0]
+    rise = share - float(column.counts[cell]) / max(int(column.counts.sum()), 1)
+    return f'{answer} is the answer of {share:.0%}, {rise * 100:.0f} points more than in history' if rise > _RISE.get(column.form, _RISE_OF_FEW) else ''
 
 # %% ../nbs/38_gate.ipynb #be572755
 def reference_of(
@@ -187,7 +189,14 @@ def _groups(contract:Contract, seen:_Judged, rule:GateRule)->list[dict[str, Any]
                          'worse': areas[0] - areas[1] > rule.group_auc_margin or gaps[1] - gaps[0] > rule.group_calibration_margin})
     return rows
 
-# %% ../nbs/38_gate.ipynb #fd067d4f
+# %% ../nbs/38_gate.ipynb #d844f46e
+def _highest(rate:float, best:float, rows:int, rule:GateRule)->float:
+    "The upper end of a ratio of approval rates, of groups of this size."
+    ours, theirs = ((share * rows + 0.5) / (rows + 1) for share in (rate, best))  # finite also where nobody is approved
+    spread = np.sqrt((1 - ours) / (ours * rows) + (1 - theirs) / (theirs * rows))
+    return float(ours / theirs * np.exp(NormalDist().inv_cdf((1 + rule.level) / 2) * spread))
+
+# %% ../nbs/38_gate.ipynb #1f79f4fc
 def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np.object_]], rule:GateRule)->dict[str, Any]:
     "Approval under both models, of all and of each protected group."
     yes = [decision == 'approve' for decision in decisions]
@@ -201,10 +210,10 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
         for name, rate in rates.items():
             ratio = [rate[i] / best[i] if best[i] else 1.0 for i in (0, 1)]
             found['groups'].append({'column': column.name, 'group': name, 'applications': int(masks[name].sum()), 'rates': rate, 'ratio': ratio,
-                                    'worse': ratio[1] < rule.four_fifths <= ratio[0]})
+                                    'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
     return found
 
-# %% ../nbs/38_gate.ipynb #68cc2c26
+# %% ../nbs/38_gate.ipynb #deb9d140
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -215,6 +224,7 @@ def gate(
     rows:Mapping[str, int]={}, # that it learnt from: old, recent, and history of the champion
     twin:tuple[FeaturePlan, Predictor]|None=None, # the same mix with no more rows than the champion saw; None: the challenger itself saw no more
     everybody:Frame|None=None, # all recent applications, also without an outcome, for approvals; None: those with one
+    accepted:Collection[str]=(), # columns that a person has found right
     by:str='auc', # figure that must be better: auc, or log_loss for a new calibration of the same model
     rule:GateRule=GateRule(), # noqa: B008 what must be fulfilled
     seed:int=0, # of the resamples
@@ -224,7 +234,7 @@ def gate(
     bad = frame[_outcome(champion.contract)]
     enough = _enough(bad, rule)
     found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': by, 'rule': _plain(asdict(rule)), 'rows': dict(rows),
-                             'canary': canary(reference, added)}
+                             'canary': canary(reference, added, accepted)}
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)

@@ -90,7 +90,7 @@ def _setting(default:Any, note:str, low:float|None=None, high:float|None=None, o
     "A field with its meaning and its limits."
     return field(default=default, repr=not secret, metadata={'note': note, 'low': low, 'high': high, 'options': options})
 
-# %% ../nbs/10_settings.ipynb #06078f44
+# %% ../nbs/10_settings.ipynb #7b969120
 @dataclass(frozen=True)
 class Settings:
     "How the service runs; each is the environment variable RISKSCORE_ and its name in capitals."
@@ -119,7 +119,7 @@ class Settings:
     max_connections: int = _setting(4096, 'open connections per process', 1, 10**6)
     window_seconds: float = _setting(86400.0, 'length of a monitoring window: a day, or an hour where much is decided', 1, 31 * 86400)
     stop_on: str = _setting('broken', 'what stops automated decisions: broken columns, material drift too, or never', options=('broken', 'material', 'never'))
-    outcome_days: float = _setting(0.0, 'days after which an outcome is known; younger decisions are not judged by theirs', 0, 36500)
+    outcome_days: int = _setting(0, 'days after which an outcome is known; younger decisions are not judged by theirs', 0, 36500)
     webhook_url: str | None = _setting(None, 'where alerts are sent: https, or http on this machine', secret=True)
     webhook_secret: str | None = _setting(None, 'secret that signs them, at least 16 characters', secret=True)
     webhook_secret_file: str | None = _setting(None, 'a file that holds it')

@@ -6,20 +6,20 @@
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'policy_commands', 'show', 'set_policy',
            'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #5a741053
+# %% ../nbs/51_cli.ipynb #0a15a540
 import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from . import __version__
-from .contract import DECISIONS, LANGUAGES, Contract, load_contract
-from .core import RiskError, frame_rows, listing, suggest, write_text
+from .contract import DECISIONS, LANGUAGES, Contract
+from .core import RiskError, frame_rows, listing, write_text
+from .drifting import drift
 from .operate import erase, keys_commands, serve, verify
 
 if TYPE_CHECKING:
@@ -68,7 +68,7 @@ def _progress(
     with tqdm(desc=what, unit=' rows', unit_scale=True, leave=False) as bar:
         yield lambda rows: bar.update(rows - bar.n)
 
-# %% ../nbs/51_cli.ipynb #ca518b07
+# %% ../nbs/51_cli.ipynb #85fb03d0
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 @click.version_option(__version__, prog_name='riskscore')
 def main()->None: # the entry point
@@ -76,41 +76,13 @@ def main()->None: # the entry point
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of LightGBM that wait leave the processor to the reader
 
 
-for command in (serve, verify, erase, keys_commands):
+for command in (serve, verify, erase, keys_commands, drift):
     main.add_command(command)
 
 # %% ../nbs/51_cli.ipynb #5b84fc6f
 @main.group('contract')
 def contract_commands()->None: # group of commands
     "Make and check data contracts."
-
-# %% ../nbs/51_cli.ipynb #62ee1f10
-_CONTRACTS = Path('data/contracts')
-
-
-def _find_contract(
-    name:str, # a path, or a name in data/contracts
-)->Contract: # loaded
-    "A contract by name or path."
-    if Path(name).suffix or os.sep in name:
-        return load_contract(name)
-    known = {p.stem: p for p in sorted(_CONTRACTS.glob('*.y*ml'))}
-    if name not in known:
-        raise RiskError(f"There is no contract '{name}' in {_CONTRACTS}.{suggest(name, known)} There are {', '.join(known) or 'none'}.")
-    return load_contract(known[name])
-
-# %% ../nbs/51_cli.ipynb #1d0cd04e
-def _fitting_contract(
-    file:str, # a file of applications, for messages
-    names:set[str], # its columns
-)->Contract: # the committed contract that knows most of them
-    "The contract that a file was probably made for."
-    contracts = [load_contract(p) for p in sorted(_CONTRACTS.glob('*.y*ml'))]
-    best = max(contracts, key=lambda c: len(names & set(c.columns)) / len(names | set(c.columns)), default=None)
-    if best is None or 2 * len(names & set(best.columns)) < len(names):
-        raise RiskError(f'No contract in {_CONTRACTS} knows the columns of {file}. Name one with --contract, or make one: '
-                        f'riskscore contract infer {file} --target COLUMN')
-    return best
 
 # %% ../nbs/51_cli.ipynb #e9b95437
 @contract_commands.command(short_help='Draft a contract from a file.',
@@ -137,7 +109,7 @@ def infer(
     write_text(out, text)
     click.echo(f'Wrote {out}. Read it, correct it, then: riskscore contract check {file} --contract {out}')
 
-# %% ../nbs/51_cli.ipynb #8ff61ebd
+# %% ../nbs/51_cli.ipynb #39ead4cf
 _FIRST_ROWS = 2_000
 
 
@@ -154,11 +126,11 @@ def check(
     related:str|None, # folder of related tables
 )->None: # prints a report
     "Hold FILE against a contract; exit code 1 if rows or columns would be refused."
+    from riskscore.contracts import find_contract, fitting_contract, source_names
     from riskscore.ingest import check_source
-    from riskscore.sources import read_raw
 
-    names = {column for batch in islice(read_raw(file, batch_rows=_FIRST_ROWS), 1) for column in batch.table.schema.names}
-    known = _find_contract(name) if name else _fitting_contract(file, names)
+    names = source_names(file)
+    known = find_contract(name) if name else fitting_contract(file, names)
     with_outcome = known.target is not None and known.target.name in names
     with _progress('checking') as progress:
         findings = check_source(file, known, need_target=with_outcome, related=related, progress=progress)

@@ -123,7 +123,7 @@ def drift_share_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=4, borderaxespad=0.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #124526cf
+# %% ../nbs/42_drift_plots.ipynb #04ec01fa
 def parts_figure(
     parts:Mapping[str, float], # column -> its part of a change
     label:str='Change of the mean log-odds', # what they are parts of, with its unit
@@ -132,7 +132,8 @@ def parts_figure(
     "Parts of a change, column by column, and their sum."
     if not parts:
         raise RiskError(f"There is nothing to draw for '{label}': expected at least one part.")
-    order = sorted(parts, key=lambda name: (-abs(parts[name]), name))
+    order, least = sorted(parts, key=lambda name: (-abs(parts[name]), name)), 0.01 * max(map(abs, parts.values()))
+    most = min(most, sum(abs(part) >= least for part in parts.values()))  # smaller bars could not be seen
     shown = {name: parts[name] for name in order[:most]}
     if rest := order[most:]:
         shown[f'{len(rest)} other columns'] = sum(parts[name] for name in rest)

@@ -7,9 +7,9 @@ __all__ = ['DRIFT_CSS', 'column_light', 'window_state', 'drift_conclusion', 'dri
            'window_section', 'money_section', 'answer_section', 'segment_section', 'performance_section',
            'advice_section', 'figures_section', 'drift_sections', 'drift_page']
 
-# %% ../nbs/46_drift_report.ipynb #5a0ba8a6
+# %% ../nbs/46_drift_report.ipynb #56f02532
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from . import __version__
@@ -18,12 +18,13 @@ from .drift_plots import drift_share_figure, evolution_figure, parts_figure, sha
 from .exporter import _anchored, _contents, _page, _words
 from .reports import escape, key_figures, short_numbers, show_figure, show_money, show_table, show_value
 
-# %% ../nbs/46_drift_report.ipynb #ea508ac1
+# %% ../nbs/46_drift_report.ipynb #abd39133
 _LIGHTS = {'broken': ('✕', 'bad'), 'material': ('▲', 'warn'), 'immaterial': ('●', 'good'), 'noise': ('○', 'good'), 'too few rows': ('…', '')}
 _STATES = {'stop': ('✕', 'bad'), 'flag': ('▲', 'warn'), 'calm': ('○', 'good'), 'not judged': ('…', '')}
 
 DRIFT_CSS = '''
-.rs-light {display: inline-block; white-space: nowrap; padding: 0 .5em; border-left: 4px solid color-mix(in srgb, currentColor 30%, transparent); border-radius: 0 4px 4px 0}
+.rs-light {display: inline-block; white-space: nowrap; padding: 0 .5em; border-left: 4px solid color-mix(in srgb, currentColor 30%, transparent);
+  border-radius: 0 4px 4px 0}
 .rs-light.good {border-color: #0072b2; background: color-mix(in srgb, #0072b2 10%, transparent)}
 .rs-light.warn {border-color: #e69f00; background: color-mix(in srgb, #e69f00 16%, transparent)}
 .rs-light.bad {border-color: #d55e00; background: color-mix(in srgb, #d55e00 18%, transparent); font-weight: 600}
@@ -83,16 +84,17 @@ def drift_conclusion(
     first = f' The first window with a {window_state(since[0])} is {since[0]["window"]}.' if since else ''
     return [f'**{_STATES[state][0]} {findings["words"]}**', f'{findings["advice"]["words"]}{first}', f'{compared}{refused}.'], _TONES[state]
 
-# %% ../nbs/46_drift_report.ipynb #e638671f
+# %% ../nbs/46_drift_report.ipynb #e7fd89df
 def drift_tiles(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
     "The figures behind the verdict."
     share, rule, approval = findings['drift_share'], findings['rule'], findings.get('approval')
-    figures = {'Columns with material drift': findings['material'], 'Drift share': share, 'Broken columns': len(findings['broken']), 'Applications': findings['rows']}
+    figures = {'Columns with material drift': findings['material'], 'Drift share': share, 'Broken columns': len(findings['broken']),
+               'Applications': findings['rows']}
+    stops = f'of {findings["watched"]} watched; {rule["stop_share"]:.0%} of them, at least one, stops'
     notes = {'Columns with material drift': f'of {findings["watched"]} watched', 'Drift share': f'above {rule["flag_share"]:.0%} raises the flag',
-             'Broken columns': f'of {findings["watched"]} watched; {rule["stop_share"]:.0%} of them, at least one, stops' if findings['rows'] >= rule['stop_rows']
-             else f'no stop below {rule["stop_rows"]} applications'}
+             'Broken columns': stops if findings['rows'] >= rule['stop_rows'] else f'no stop below {rule["stop_rows"]} applications'}
     if approval:
         figures['Approval rate'], notes['Approval rate'] = approval['now'], f'{approval["reference"]:.1%} in the reference'
     return key_figures(figures, notes, {'Drift share': '.1%', 'Approval rate': '.1%'}).data
@@ -163,7 +165,7 @@ def column_charts(
 # %% ../nbs/46_drift_report.ipynb #02e29a59
 _STATE_WORDS = {'stop': 'with a stop', 'flag': 'with a flag', 'calm': 'calm', 'not judged': 'with too few applications to judge'}
 
-# %% ../nbs/46_drift_report.ipynb #bc4973ec
+# %% ../nbs/46_drift_report.ipynb #41d90481
 def window_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -179,7 +181,8 @@ def window_section(
     text = f'{len(windows)} windows: ' + ', '.join(f'{n} {_STATE_WORDS[state]}' for state, n in counts.items()) + '.'
     charts = [show_figure(drift_share_figure(windows, line), 'Share of the watched columns with material drift. ' + text).data]
     if judged:
-        charts.append(show_figure(evolution_figure(windows), 'The columns with the highest PSI in any window; a dot is material drift, a cross a broken column.').data)
+        note = 'The columns with the highest PSI in any window; a dot is material drift, a cross a broken column.'
+        charts.append(show_figure(evolution_figure(windows), note).data)
     table = {'Window': [w['window'] for w in windows], 'State': [_marked(s, _STATES) for s in states], 'Applications': [w['rows'] for w in windows],
              'Drift share': [w['drift_share'] for w in windows], 'Broken': [listing(w['broken'], show=3) if w['broken'] else '–' for w in windows]}
     if any(w['approval'] for w in windows):
@@ -207,14 +210,14 @@ def _money_table(money:Mapping[str, Any])->tuple[dict[str, list[Any]], dict[str,
     loss = max(abs(part) for part in table['Expected loss per application'] if part is not None)
     return table, {words: form for words, _, form in _MONEY.values()} | ({'Expected loss per application': '+,.0f'} if loss >= 1000 else {})
 
-# %% ../nbs/46_drift_report.ipynb #05111346
+# %% ../nbs/46_drift_report.ipynb #1ff39ab2
 def money_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
     "What the change does to risk and money."
     money = findings.get('money')
     if not money:
-        return '<p>This needs a model: <code>--model data/models/champion.json</code>.</p>'
+        return '<p>This needs the applications and a model: <code>--model data/models/champion.json</code>.</p>'
     odds = money['log_odds']
     figures = {words: money[key] for key, (words, _, _) in _MONEY.items()}
     forms = {words: form for words, form, _ in _MONEY.values()}
@@ -225,7 +228,8 @@ def money_section(
     samples = (f'Computed from {money["rows"]["reference"]:,} applications of the reference and {money["rows"]["now"]:,} of now, '
                'so shares may differ a little from those of all applications.')
     loss = money['expected_loss']['change'] * findings['rows']
-    words = f'For all {findings["rows"]:,} applications the expected loss is {show_money(abs(loss), money["currency"])} {"higher" if loss > 0 else "lower"} than it was.'
+    more = f'{show_money(abs(loss), money["currency"])} {"higher" if loss > 0 else "lower"}'
+    words = f'For all {findings["rows"]:,} applications together the expected loss is {more} than it was.'
     table, formats = _money_table(money)
     return (f'{tiles}<p>{escape(words)} {escape(samples)} {escape(money["note"])}</p>{show_figure(parts_figure(odds["parts"]), note).data}'
             f'{show_table(table, "Who brought the change about: each column of figures adds up to its last row", formats=formats).data}')
@@ -247,7 +251,7 @@ def answer_section(
         text = f'<p>{approval["reference"]:.1%} of the reference were approved, and {approval["now"]:.1%} are now{escape(chance)}.</p>'
     return f'{text}<div class="rs-grid">{"".join(cells)}</div>'
 
-# %% ../nbs/46_drift_report.ipynb #e13f5ec8
+# %% ../nbs/46_drift_report.ipynb #b674cbf2
 def segment_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -257,8 +261,8 @@ def segment_section(
         return '<p>Name a column with <code>--segment COLUMN</code>, and this part shows within which of its segments the applications have changed.</p>'
     rows = found['rows']
     table = {'Segment': [r['segment'] for r in rows], 'State': [_marked(window_state(r), _STATES) for r in rows],
-             'Applications': [r['rows'] for r in rows], 'In the reference': [r['reference_rows'] for r in rows], 'Drift share': [r['drift_share'] for r in rows],
-             'Moved most': [listing(r['worst'], show=4) if r['worst'] else '–' for r in rows]}
+             'Applications': [r['rows'] for r in rows], 'In the reference': [r['reference_rows'] for r in rows],
+             'Drift share': [r['drift_share'] for r in rows], 'Moved most': [listing(r['worst'], show=4) if r['worst'] else '–' for r in rows]}
     return _lit(show_table(table, f'Segments of {found["column"]}, each against its own reference', formats={'Drift share': '.1%'}, bars=['Applications']).data)
 
 # %% ../nbs/46_drift_report.ipynb #0fddf908
@@ -276,11 +280,12 @@ def performance_section(
     tiles = key_figures(figures, notes, {f'{head}, estimated': form for head, (_, form) in heads.items()}).data
     return f'{tiles}<div class="rs-headline warn"><p>▲ <strong>An estimate without outcomes.</strong> {escape(now["note"])}</p></div>'
 
-# %% ../nbs/46_drift_report.ipynb #4d178b23
+# %% ../nbs/46_drift_report.ipynb #a4f8ce35
 _TO_DO = {
     'broken': ('The values are not there, are new, or are of another size: more than customers can do in that time.',
                'Ask the owner of the feed. Do not retrain: a model would learn the fault.'),
-    'material': ('Moved beyond chance, and by enough to matter (a PSI of 0.10 or more).', 'Look at the chart. Alone it calls for nothing; many together raise the flag.'),
+    'material': ('Moved beyond chance, and by enough to matter (a PSI of 0.10 or more).',
+                 'Look at the chart. Alone it calls for nothing; many together raise the flag.'),
     'immaterial': ('Moved beyond chance, but by little.', 'Nothing.'),
     'noise': ('Chance alone explains the difference.', 'Nothing.'),
     'too few rows': ('Too few values to say anything.', 'Wait for more.'),
@@ -318,14 +323,17 @@ def figures_section(
              f'Sample sizes: {findings["note"]}. Columns that move with the calendar are left out by the contract.']
     return f'<ul>{"".join(f"<li>{escape(r)}</li>" for r in rules)}</ul>{_lit(show_table(table, caption, formats=dict.fromkeys(heads, ".3f"), limit=400).data)}'
 
-# %% ../nbs/46_drift_report.ipynb #5633aa15
+# %% ../nbs/46_drift_report.ipynb #adcd3bcf
 _PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
-    'Which columns have changed?': ('A column is compared with the reference by its PSI, which is 0 when the shares of its values are the same and grows as they '
+    'Which columns have changed?': (
+        'A column is compared with the reference by its PSI, which is 0 when the shares of its values are the same and grows as they '
         'move apart. Chance alone moves it too, and the more the fewer applications there are: only what is larger than chance is told.', column_table),
-    'What do they look like?': ('The wide pale bar is the share in the reference, the narrow dark bar the share now; below the dotted line, values that are missing '
+    'What do they look like?': (
+        'The wide pale bar is the share in the reference, the narrow dark bar the share now; below the dotted line, values that are missing '
         'or that the reference did not hold.', column_charts),
     'Since when?': ('Each window is compared with the same reference.', window_section),
-    'What does it cost?': ('The change in the terms of the model: which columns made the applications riskier or safer, and what that does to approvals and losses.',
+    'What does it cost?': (
+        'The change in the terms of the model: which columns made the applications riskier or safer, and what that does to approvals and losses.',
         money_section),
     'Does the model decide as before?': ('The same comparison for what the model says: its probabilities and its decisions.', answer_section),
     'Which customers?': ('Each segment is compared with its own past.', segment_section),

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['drift']
 
-# %% ../nbs/50_drifting.ipynb #05006c4a
+# %% ../nbs/50_drifting.ipynb #99508883
 import os
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -57,30 +56,62 @@ def _compared(reference:str, current:str, contract:str|None, model:str|None, tar
     history, now = (read_sample(source, known, scorer, threads, join) for source in (reference, current))
     return compare_samples(known, history, now, by, segment, scorer, threads=threads)
 
-# %% ../nbs/50_drifting.ipynb #07ba5480
-@click.command(short_help='Have the applications changed?', epilog='Example: riskscore drift history.csv may.csv --model data/models/champion.json -o drift.html')
-@click.argument('reference')
-@click.argument('current')
+# %% ../nbs/50_drifting.ipynb #60365517
+def _logged(folder:str, model:str|None, by:str, start:str, end:str)->dict[str, Any]:
+    "Findings of the log of a service."
+    from riskscore.bundle import load_bundle
+    from riskscore.drift_findings import compare_log
+    from riskscore.reference import reference_from_bytes
+    from riskscore.settings import settings_from
+    from riskscore.store import open_store
+
+    settings = settings_from(os.environ, folder=folder, model=model)
+    scorer, path = load_bundle(settings.model), settings.store.removeprefix('sqlite:///')
+    if scorer.drift is None:
+        raise RiskError(f'The bundle {scorer.version} ({settings.model}) holds no drift reference. Train it again.')
+    if path != settings.store and not os.path.isfile(path):  # which opening would make
+        raise RiskError(f'There is no decision log at {path}. Name the folder of the service.')
+    return compare_log(open_store(settings.store), reference_from_bytes(scorer.drift), by or 'day', start, end)
+
+# %% ../nbs/50_drifting.ipynb #34561945
+@click.command(short_help='Have the applications changed?',
+               epilog='Example: riskscore drift history.csv may.csv --model data/models/champion.json -o drift.html')
+@click.argument('reference', required=False)
+@click.argument('current', required=False)
 @click.option('--contract', help='Name in data/contracts, or path of a YAML file; without it that of the model, or the one that fits best.')
-@click.option('--target', help='Outcome column of REFERENCE; a contract is then inferred, where there is none.')
+@click.option('--target', help='Outcome column of REFERENCE; a contract is then inferred.')
 @click.option('--model', help='Pointer file, or directory of a bundle: also pd, approvals and money.')
 @click.option('--related', type=click.Path(exists=True, file_okay=False), help='Folder of the related tables that the contract names.')
-@click.option('--by', default='', help='Windows: hour, day, month, or a number of rows. Without it by the time of the applications, if they have one.')
 @click.option('--segment', default='', help='Column whose segments are judged one by one.')
+@click.option('--log', help='Instead of two files: folder of the service, whose log is compared with the reference of its model.')
+@click.option('--from', 'start', default='', help='Of the log: from this time on, such as 2026-05-01.')
+@click.option('--to', 'end', default='', help='Of the log: before this time.')
+@click.option('--by', default='', help='Windows: hour, day, month, or a number of rows. Without it by the time of the applications, if they have one.')
 @click.option('-o', '--out', type=click.Path(dir_okay=False), help='Page to write (.html).')
 @click.option('--json', 'document', type=click.Path(dir_okay=False), help='Findings to write (.json).')
 @click.pass_context
 def drift(
     ctx:click.Context, # to end with an exit code
+    reference:str|None, # file
+    current:str|None, # file
+    log:str|None, # folder of the service
+    start:str, # of the log
+    end:str, # of the log
+    by:str, # windows
+    model:str|None, # bundle or pointer
     out:str|None, # page
     document:str|None, # findings
-    **given:Any, # two files, and how to compare them
+    **given:Any, # how two files are compared
 )->None: # prints a summary
-    "Compare CURRENT with REFERENCE (CSV, gzip, zip, Parquet, XLSX, folder). Exit code 0: calm, 1: flag, 2: stop, or the command could not be run."
+    "Compare CURRENT with REFERENCE (CSV, gzip, zip, Parquet, XLSX, folder), or a log with its model. Exit code 0: calm, 1: flag, 2: stop, or not run."
     from riskscore.core import canonical_json, write_text
     from riskscore.drift_report import drift_page
 
-    found = _compared(**given)
+    if bool(log) == bool(reference) or bool(reference) != bool(current):
+        raise click.UsageError('Name two files, the reference and what is compared with it, or a log: riskscore drift --log data/serving')
+    if log and (idle := [f'--{name}' for name, value in given.items() if value]):
+        raise click.UsageError(f'{", ".join(idle)} cannot be used with --log, which holds counts and no applications.')
+    found = _logged(log, model, by, start, end) if log else _compared(str(reference), str(current), model=model, by=by, **given)
     for path, text in ((out, drift_page), (document, canonical_json)):
         if path:
             write_text(path, text(found))

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['Counts', 'count_frame', 'count_records', 'counts_from_bytes', 'DriftRule', 'stop_errors', 'judge_drift', 'histogram']
 
-# %% ../nbs/12_drift.ipynb #1a59e7e6
+# %% ../nbs/12_drift.ipynb #b3b5e328
 import struct
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import chain
@@ -44,7 +44,7 @@ class Counts:
         "What the store holds; `counts_from_bytes` reads it back."
         return _packed(self)
 
-# %% ../nbs/12_drift.ipynb #44f47b3d
+# %% ../nbs/12_drift.ipynb #3ecd1e7b
 def count_frame(
     reference:DriftReference, # which cells
     frame:Mapping[str, npt.NDArray[Any]], # typed columns, at least the watched ones
@@ -54,13 +54,14 @@ def count_frame(
     "Counts the rows of a table."
     if missing := [name for name in reference.columns if name not in frame]:
         raise RiskError(f'The table lacks {len(missing)} of the {len(reference.columns)} columns that the reference watches:', missing)
-    given = {'pd': pd if pd is None else np.asarray(pd, dtype=float), 'decision': decision if decision is None else np.asarray(decision, dtype=object)}
+    given = {} if pd is None else {'pd': np.asarray(pd, dtype=float)}
+    given |= {} if decision is None else {'decision': np.asarray(decision, dtype=object)}
     found = [count_values(c, frame[name]) for name, c in reference.columns.items()]
-    found += [np.zeros(len(c.counts), dtype=np.int64) if given[name] is None else count_values(c, given[name]) for name, c in reference.answers.items()]
-    sizes = {int(counts.sum()) for counts in found[:len(reference.columns)]} or {0 if pd is None else len(pd)}
-    if len(sizes) > 1 or any(given[name] is not None and len(given[name]) not in sizes for name in reference.answers):
+    found += [count_values(c, given[name]) if name in given else np.zeros(len(c.counts), dtype=np.int64) for name, c in reference.answers.items()]
+    sizes = {len(frame[name]) for name in reference.columns} | {len(given[name]) for name in reference.answers if name in given}
+    if len(sizes) > 1:
         raise RiskError(f'The columns of a table have one length; here they have {sorted(sizes)} rows.')
-    return Counts(reference, sizes.pop(), np.concatenate(found))
+    return Counts(reference, max(sizes, default=0), np.concatenate(found))
 
 # %% ../nbs/12_drift.ipynb #8f91eb8b
 def count_records(
@@ -196,6 +197,14 @@ def stop_errors(
     "By how many standard errors a share must rise before its column is called broken."
     return max(rule.broken_errors, normal_critical(min(0.5, _FALSE_STOPS / (rule.looks_per_year * max(shares, 1)))))
 
+# %% ../nbs/12_drift.ipynb #230aa113
+def _in_errors(before:npt.NDArray[Any], now:npt.NDArray[Any], used:npt.NDArray[np.bool_], sizes:tuple[npt.ArrayLike, npt.ArrayLike],
+               part:npt.NDArray[np.intp])->npt.NDArray[np.float64]:
+    "(bins,) Pearson's terms: squared difference of shares over its variance, were both samples one."
+    n, m = (np.maximum(size, 1) for size in sizes)
+    pooled = np.where(used, before + now, 1) / (n + m)[part]
+    return (now / m[part] - before / n[part])**2 / pooled / (1 / n + 1 / m)[part]
+
 # %% ../nbs/12_drift.ipynb #f8f79d04
 class _Distances(NamedTuple):
     "What was measured, a number for each part."
@@ -209,24 +218,30 @@ class _Distances(NamedTuple):
     ks_critical: npt.NDArray[np.float64]
     worst: npt.NDArray[np.intp]  # bin that adds most to the index
 
-# %% ../nbs/12_drift.ipynb #9732d88c
+# %% ../nbs/12_drift.ipynb #152edcf5
 def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->_Distances:
     "Compares a window with history."
-    plan, n_ref, starts = _plan(reference), reference.rows, reference.starts[:-1]
-    rows = np.add.reduceat(flat, starts)
-    effect = np.array([part.effect or 1.0 for part in reference.parts])
+    plan, starts = _plan(reference), reference.starts[:-1]
+    n, m = np.add.reduceat(reference.flat, starts), np.add.reduceat(flat, starts)
     before, now = (np.bincount(plan.bins, c, minlength=len(plan.part)) for c in (reference.flat, flat))
     used = (before + now) > 0
     k = np.add.reduceat(used.astype(np.int64), plan.first)
-    p, q = (np.where(used, c + 0.5, 1) / np.where(used, (n + 0.5 * k)[plan.part], 1) for c, n in ((before, n_ref), (now, rows)))
-    middle = (p + q) / 2
-    terms = (q - p) * np.log(q / p)
-    psi = np.add.reduceat(terms, plan.first)
+    p, q = (np.where(used, c + 0.5, 1) / np.where(used, (size + 0.5 * k)[plan.part], 1) for c, size in ((before, n), (now, m)))
+    terms, middle = (q - p) * np.log(q / p), (p + q) / 2
+    psi, pearson = np.add.reduceat(terms, plan.first), np.add.reduceat(_in_errors(before, now, used, (n, m), plan.part), plan.first)
     js = np.add.reduceat(p * np.log(p / middle) + q * np.log(q / middle), plan.first) / 2
-    scale = effect * (1 / n_ref + 1 / np.maximum(rows, 1))
-    critical = np.array([chi2_critical(alpha, int(df)) for df in k - 1]) * scale
+    effect, scale = np.array([part.effect or 1.0 for part in reference.parts]), _scale(n, k) + _scale(m, k)
+    agreed = np.minimum(psi / scale, pearson)
+    raised = np.divide(psi / scale, agreed, out=np.ones_like(psi), where=agreed > 0)
+    critical = np.array([chi2_critical(alpha, int(df)) for df in k - 1]) * scale * effect * raised
     worst = np.array([first + int(np.argmax(t)) for first, t in zip(plan.first, np.split(terms, plan.first[1:]), strict=True)])
-    return _Distances(rows, psi, critical, chi2_sf(psi / scale, k - 1), js, *_kolmogorov(reference, flat, alpha, effect), worst)
+    return _Distances(m, psi, critical, chi2_sf(agreed / effect, k - 1), js, *_kolmogorov(reference, flat, alpha, effect), worst)
+
+# %% ../nbs/12_drift.ipynb #39d176ed
+def _scale(rows:npt.NDArray[np.int64], bins:npt.NDArray[np.int64])->npt.NDArray[np.float64]:
+    "What one sample adds to the scale of the index."
+    rows = np.maximum(rows, 1)
+    return 1 / rows / np.minimum((1 + 0.5 * bins / rows)**2, np.where(bins <= 50, 1.25, 1))
 
 # %% ../nbs/12_drift.ipynb #efaf6475
 def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float,
@@ -290,7 +305,7 @@ def judge_drift(
     }
     return verdict | {'words': _words(verdict, rule)}
 
-# %% ../nbs/12_drift.ipynb #b123c97b
+# %% ../nbs/12_drift.ipynb #f6ac718f
 _ORDER = ('material', 'immaterial', 'noise', 'too few rows')
 
 
@@ -303,17 +318,23 @@ def _entries(reference:DriftReference, counts:Counts, rule:DriftRule)->list[dict
     adjusted = np.concatenate([benjamini_hochberg(found.p[:watched]), benjamini_hochberg(found.p[watched:])])
     entries = []
     for i, part in enumerate(parts):
-        psi, enough = float(found.psi[i]), int(found.rows[i]) >= rule.column_rows
-        real = enough and adjusted[i] <= rule.alpha
-        verdict = 'too few rows' if not enough else 'noise' if not real else 'material' if psi >= rule.bands[0] else 'immaterial'
-        numbers = {name: float(value) for name, value in (('psi', psi), ('psi_critical', found.psi_critical[i]), ('p', found.p[i]), ('p_adjusted', adjusted[i]))}
-        numbers |= {name: None if np.isnan(value) else float(value) for name, value in (('ks', found.ks[i]), ('ks_critical', found.ks_critical[i]))}
         rises = {name: dict(zip(('reference', 'now', 'errors'), shares[j, i].tolist(), strict=True)) for j, name in enumerate(_SHARES)}
-        risen = [n for n in _SHARES if rises[n]['errors'] > limit and rises[n]['now'] - rises[n]['reference'] > rule.broken_points]
-        entry = {'column': part.name, 'kind': part.kind, 'verdict': verdict, 'band': _band(psi, rule), **numbers, 'js': float(found.js[i]),
-                 'js_critical': numbers['psi_critical'] / 8, **rises, 'broken': bool(enough and risen)}
-        entries.append(entry | {'why': _why(entry, risen, int(found.rows[i]), rule, lambda i=i: _moved(reference, counts, i, found.worst[i]))})
+        risen = [n for n, r in rises.items() if r['errors'] > limit and r['now'] - r['reference'] > rule.broken_points]
+        entry = {'column': part.name, 'kind': part.kind, **_numbers_of(found, i, float(adjusted[i]), rule), **rises}
+        entry['broken'] = bool(risen) and entry['verdict'] != 'too few rows'
+        why = _why(entry, risen, int(found.rows[i]), rule)
+        entries.append(entry | {'why': why or _moved(reference, counts, i, int(found.worst[i]), entry)})
     return entries
+
+# %% ../nbs/12_drift.ipynb #adbd28d0
+def _numbers_of(found:_Distances, i:int, adjusted:float, rule:DriftRule)->dict[str, Any]:
+    "Verdict and measures of one part."
+    psi, critical, ks = float(found.psi[i]), float(found.psi_critical[i]), (float(found.ks[i]), float(found.ks_critical[i]))
+    real = adjusted <= rule.alpha
+    verdict = 'too few rows' if found.rows[i] < rule.column_rows else 'noise' if not real else 'material' if psi >= rule.bands[0] else 'immaterial'
+    return {'verdict': verdict, 'band': _band(psi, rule), 'psi': psi, 'psi_critical': critical, 'p': float(found.p[i]), 'p_adjusted': adjusted,
+            'ks': None if np.isnan(ks[0]) else ks[0], 'ks_critical': None if np.isnan(ks[0]) else ks[1],
+            'js': float(found.js[i]), 'js_critical': critical / 8}
 
 # %% ../nbs/12_drift.ipynb #d16faf08
 def _band(psi:float, rule:DriftRule)->str:
@@ -339,24 +360,23 @@ def _approval(reference:DriftReference, counts:Counts)->dict[str, Any]|None:
     z = float(rise_z(part.counts[cell], sums[0], now[cell], sums[1])) / np.sqrt(part.effect or 1.0)
     return {'reference': int(part.counts[cell]) / sums[0], 'now': int(now[cell]) / sums[1], 'p': min(1.0, 2 * normal_sf(abs(z)))}
 
-# %% ../nbs/12_drift.ipynb #8a4931e2
+# %% ../nbs/12_drift.ipynb #30bfb0b5
 _RISEN = {'null': 'is missing', 'unseen': 'has a value that history never held', 'outside': 'lies outside the range of history'}
 
 
-def _why(entry:Mapping[str, Any], risen:Sequence[str], rows:int, rule:DriftRule, moved:Callable[[], str])->str:
-    "The verdict on a column in one sentence."
+def _why(entry:Mapping[str, Any], risen:Sequence[str], rows:int, rule:DriftRule)->str:
+    "The verdict on a column in one sentence; nothing where it has drifted."
     if entry['verdict'] == 'too few rows':
         return f'{rows} rows; a verdict on a column needs {rule.column_rows}.'
     if risen:
         name = max(risen, key=lambda n: entry[n]['now'] - entry[n]['reference'])
         share = entry[name]
         return f'Broken: {_RISEN[name]} in {share["now"]:.1%} of the rows instead of {share["reference"]:.1%}, {share["errors"]:.0f} standard errors more.'
+    if entry['verdict'] != 'noise':
+        return ''
     psi, limit = entry['psi'], entry['psi_critical']
-    if entry['verdict'] == 'noise':
-        return (f'PSI {psi:.3f} is within {limit:.3f}, which chance alone exceeds in {rule.alpha:.0%} of such windows.' if entry['p'] >= rule.alpha else
-                f'PSI {psi:.3f} is above {limit:.3f}, but among so many columns chance alone brings that about.')
-    size = 'small' if entry['verdict'] == 'immaterial' else entry['band']
-    return f'PSI {psi:.3f} is more than chance ({limit:.3f}) and {size}: {moved()}.'
+    return (f'PSI {psi:.3f} is within {limit:.3f}, which chance alone exceeds in {rule.alpha:.0%} of such windows.' if entry['p'] >= rule.alpha else
+            f'PSI {psi:.3f} is above {limit:.3f}, but among so many columns chance alone brings that about.')
 
 # %% ../nbs/12_drift.ipynb #1277d7c1
 def _words(verdict:Mapping[str, Any], rule:DriftRule)->str:
@@ -402,11 +422,11 @@ def histogram(
     shares = [np.bincount(part.bins, c, minlength=len(labels)) / max(int(c.sum()), 1) for c in (part.counts, counts.flat[place])]
     return {'labels': labels, 'reference': shares[0].tolist(), 'now': shares[1].tolist(), 'rows': counts.rows}
 
-# %% ../nbs/12_drift.ipynb #c647192d
-def _moved(reference:DriftReference, counts:Counts, i:int, worst:int)->str:
-    "The bin that adds most to the index, in words."
-    part, plan, place = reference.parts[i], _plan(reference), slice(*reference.starts[i:i + 2])
-    label = _labels(part)[worst - plan.first[i]]
-    mask = part.bins == worst - plan.first[i]
-    before, now = (int(c[mask].sum()) / max(int(c.sum()), 1) for c in (part.counts, counts.flat[place]))
-    return f"'{label}' went from {before:.1%} to {now:.1%}"
+# %% ../nbs/12_drift.ipynb #59273c57
+def _moved(reference:DriftReference, counts:Counts, i:int, worst:int, entry:Mapping[str, Any])->str:
+    "The drift of a column in one sentence, with the bin that adds most to its index."
+    part, place = reference.parts[i], slice(*reference.starts[i:i + 2])
+    bin = worst - int(_plan(reference).first[i])
+    before, now = (int(c[part.bins == bin].sum()) / max(int(c.sum()), 1) for c in (part.counts, counts.flat[place]))
+    size = 'small' if entry['verdict'] == 'immaterial' else entry['band']
+    return f"PSI {entry['psi']:.3f} is more than chance ({entry['psi_critical']:.3f}) and {size}: '{_labels(part)[bin]}' went from {before:.1%} to {now:.1%}."

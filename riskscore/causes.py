@@ -68,17 +68,29 @@ def cause_of(
         return Cause('none', 'keep', (), 'There is no drift verdict and no matured outcome to judge by.')
     return Cause('none', 'keep', moved, 'Nothing differs from history by more than noise, or by enough to matter.')
 
-# %% ../nbs/32_causes.ipynb #b8c8cc60
+# %% ../nbs/32_causes.ipynb #986c7ead
 def _alarmed(moved:tuple[str, ...], flag:bool, concept:Mapping[str, Any])->Cause:
     "The cause when outcomes are not as stated."
     parts = {name for name in ('calibration', 'ranking') if isinstance(concept.get(name), Mapping) and concept[name].get('alarm')}
     told = f'{int(concept["outcomes"]):,} matured outcomes' if concept.get('outcomes') else 'Matured outcomes'
-    if flag and parts == {'calibration'}:
-        return Cause('mix shift', 'recalibrate', moved, f'Other applicants come than in history ({_named(moved)}). {told} keep the order of risk, '
-                     'but the stated probabilities are off by more than the tolerance: a new calibration is tried.')
-    what = {'calibration': 'the stated probabilities no longer come true', 'ranking': 'the order of risk is lost'}
+    suspect = next(iter(concept['calibration'].get('suspects') or [{}]), {}) if 'calibration' in parts else {}
+    if parts == {'calibration'} and (_on_the_line(suspect) if suspect else flag):
+        why = f'Other applicants come than in history ({_named(moved)}). ' if flag else ''
+        return Cause('mix shift' if flag else 'concept', 'recalibrate', moved, f'{why}{told} keep the order of risk, but the stated probabilities are off by '
+                     f'more than the tolerance{_suspected(suspect)}: a new calibration is tried.')
+    what = {'calibration': f'the stated probabilities no longer come true{_suspected(suspect)}', 'ranking': 'the order of risk is lost'}
     said = ' and '.join(what[name] for name in sorted(parts)) or 'they are not as the model states'
     return Cause('concept', 'retrain', moved, f'{told} show another relation between answers and risk: {said}. A challenger is trained.')
+
+# %% ../nbs/32_causes.ipynb #f2fca497
+def _on_the_line(suspect:Mapping[str, Any])->bool:
+    "Would another level or slope put it right?"
+    return suspect.get('family') in ('level', 'shape') or str(suspect.get('view', '')).startswith('level and slope')
+
+# %% ../nbs/32_causes.ipynb #4fe992ff
+def _suspected(suspect:Mapping[str, Any])->str:
+    "The first suspect in words."
+    return f" ({suspect['view']})" if suspect.get('view') else ''
 
 # %% ../nbs/32_causes.ipynb #9c1581ed
 def _named(names:Sequence[str])->str:

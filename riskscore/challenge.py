@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDED', 'read_verdict', 'verdict_for', 'Terms', 'consider']
 
-# %% ../nbs/39_challenge.ipynb #66e19711
+# %% ../nbs/39_challenge.ipynb #7ccc922a
 import json
 import tempfile
 from collections.abc import Mapping
@@ -16,13 +16,13 @@ from typing import Any
 
 from .bundle import Scorer, load_bundle, write_pointer
 from .causes import Cause, cause_of
-from .core import Frame, RiskError, canonical_json, digest_bytes, digest_file, write_text
-from .gate import GateRule, gate, reference_of
+from .core import Frame, RiskError, canonical_json, digest_bytes, digest_file, frame_rows, write_text
+from .gate import GateRule, canary, gate, reference_of
 from .promotion import cooling, promote
 from .reference import reference_from_bytes
 from .retrain import Challenger, Recent, hold_back, history_blocks, recalibrate, train_challenger
 
-# %% ../nbs/39_challenge.ipynb #adc4abe0
+# %% ../nbs/39_challenge.ipynb #fa223fdd
 def read_verdict(
     path:str|Path, # drift_report.json of the monitor
 )->tuple[dict[str, Any]|None, dict[str, Any]|None]: # the verdict and what the test of outcomes says; None where the file lacks them
@@ -36,7 +36,7 @@ def read_verdict(
     if not isinstance(content, dict):
         raise RiskError(f'{path} is no drift report: expected an object. Run `riskscore monitor --once` to write it anew.')
     verdict = content if 'columns' in content else content.get('verdict')
-    concept = next((content[name] for name in ('concept', 'matured') if isinstance(content.get(name), dict)), None)
+    concept = next((content[name] for name in ('outcomes', 'concept') if isinstance(content.get(name), dict)), None)
     return verdict if isinstance(verdict, dict) else None, concept
 
 # %% ../nbs/39_challenge.ipynb #0d67e51e
@@ -116,21 +116,25 @@ def _decided(decision:str, words:str, then:str)->dict[str, Any]:
     "A decision in words."
     return {'decision': decision, 'words': f'{DECIDED[decision]}. {words}', 'next': then.strip()}
 
-# %% ../nbs/39_challenge.ipynb #4351c89b
+# %% ../nbs/39_challenge.ipynb #5b169513
+_WORLD = 1_000  # applications that may stand for all that come
+
+
 def _challenged(champion:Scorer, history:str|Path, recent:Recent|None, cause:Cause, terms:Terms, everybody:Frame|None,
                 models:Path)->tuple[dict[str, Any], Path|None]:
     "Trains a challenger and holds it against the champion: what the evidence says of it, and its bundle."
     assert recent is not None
     learn, judge = hold_back(recent, terms.held_back)
     blocks, facts = history_blocks(history, champion.contract), {'cause': cause.kind, 'history': digest_file(history) if Path(history).is_file() else ''}
-    by = 'log_loss' if cause.action == 'recalibrate' else 'auc'
+    by, reference = 'log_loss' if cause.action == 'recalibrate' else 'auc', reference_of(champion, blocks)
+    world = everybody if everybody and frame_rows(everybody) >= _WORLD and canary(reference, everybody, terms.accepted)['passed'] else None
     try:
-        made = (recalibrate(champion, learn, models, facts, terms.threads) if cause.action == 'recalibrate' else
-                train_challenger(champion, blocks, learn, models, facts, terms.threads))
+        made = (recalibrate(champion, learn, models, facts, terms.threads, world) if cause.action == 'recalibrate' else
+                train_challenger(champion, blocks, learn, models, facts, terms.threads, world))
     except RiskError as error:
         words = f'{cause.words} No challenger could be trained: {error.message}'
         return _decided('refused', words, 'Wait for more outcomes.') | {'problems': error.problems}, None
-    found = gate(champion, load_bundle(made.bundle), judge.frame, reference_of(champion, blocks), learn.frame, rows=made.rows, twin=made.twin,
+    found = gate(champion, load_bundle(made.bundle), judge.frame, reference, learn.frame, rows=made.rows, twin=made.twin,
                  everybody=everybody, accepted=terms.accepted, by=by, rule=terms.rule, seed=terms.seed, threads=terms.threads)
     about = {'version': made.bundle.name, 'memory': made.memory, 'rows': dict(made.rows), 'learnt': learn.rows, 'judged': judge.rows,
              'recalibrated': cause.action == 'recalibrate'}

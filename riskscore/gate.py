@@ -135,7 +135,7 @@ def reference_of(
         return reference_from_bytes(champion.drift)
     return fit_reference(champion.contract, lambda name: np.concatenate([frame[name] for frame in history()]))
 
-# %% ../nbs/38_gate.ipynb #a96d1d07
+# %% ../nbs/38_gate.ipynb #16d321c6
 @dataclass(frozen=True)
 class GateRule:
     "What a challenger must fulfil."
@@ -144,7 +144,7 @@ class GateRule:
     resamples: int = 2_000
     least_outcomes: int = 200  # held back
     least_of_class: int = 30  # goods, and bads, among them
-    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.005, 'log_loss': 0.001})
+    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.01, 'log_loss': 0.001})
     calibration_margin: float = 0.01  # by which the mean pd may be farther from the bad rate than the champion's
     group_rows: int = 100  # outcomes of a group that is judged
     group_of_class: int = 10  # goods, and bads, among them

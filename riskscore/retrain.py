@@ -7,11 +7,11 @@ __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows'
            'recent_from_file', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory', 'Challenger', 'train_challenger',
            'recalibrate']
 
-# %% ../nbs/33_retrain.ipynb #e89460eb
+# %% ../nbs/33_retrain.ipynb #82d066b6
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 import sqlalchemy as sa
 
-from .assembly import Assembled, assemble, wanted
+from .assembly import Assembled, assemble, monitoring_parts, wanted
 from .bundle import Scorer, write_bundle
 from .calibration import Calibration, fit_calibration, logistic_fit
 from .candidates import family
@@ -34,8 +34,10 @@ from .matrix import Prepared, prepare_dataset, write_features
 from .metrics import metric_set
 from .models import Family, Trained, library_versions, train
 from .monotone import constrain
+from .performance import performance_reference
 from .predictors import Predictor
 from .ranking import auc, auc_difference
+from .reference import fit_reference
 from .scorecard import with_points
 from .split import cv_folds
 from .store import Store
@@ -334,7 +336,7 @@ class Challenger:
     rows: Mapping[str, int]  # old and recent rows that it learnt from, and history: rows of the champion's history
     twin: tuple[FeaturePlan, Predictor] | None = None  # the same mix, thinned to the size of history; None where the challenger saw no more rows than that
 
-# %% ../nbs/33_retrain.ipynb #6ec492e0
+# %% ../nbs/33_retrain.ipynb #8b44fd25
 def train_challenger(
     champion:Scorer, # the model in use
     history:Blocks, # what it learnt from
@@ -342,6 +344,7 @@ def train_challenger(
     models:str|Path, # directory that holds bundles
     facts:Mapping[str, Any]={}, # for its record, such as the cause
     threads:int=1, # of the model's library
+    world:Frame|None=None, # what drift is measured against from now on; None: the rows that are learnt from
 )->Challenger:
     "Trains by the champion's recipe on history and recent outcomes."
     contract, recipe = champion.contract, recipe_of(champion, threads)
@@ -353,7 +356,7 @@ def train_challenger(
         trained, made = _train(contract, recipe, learnt, old)
         about = _about(champion, recipe, trained, made) | {'retrained': {**facts, 'from': champion.version, 'memory': memory, 'recent': learn.digest(),
                                                                         'rows': {'old': old, 'recent': learn.rows}}}
-        parts = _monitoring(contract, rows, made)
+        parts = _monitoring(contract, rows, learnt, trained, made, world)
         bundle = write_bundle(models, made.predictor, learnt.plan, made.calibration, made.policy, contract, about, {}, made.reasons, made.recourse, **parts)
     more = old + learn.rows > total
     twin = _plain_fit(contract, recipe, _Rows(history, learn.frame, rows.share, total / (old + learn.rows), recipe.seed + 1)) if more else None
@@ -383,18 +386,34 @@ def _about(champion:Scorer, recipe:Recipe, trained:Trained, made:Assembled)->dic
     return {**kept, 'family': recipe.family.name, 'params': trained.params, 'rounds': trained.rounds, 'seed': recipe.seed, 'folds': trained.folds,
             'out_of_fold': metric_set(made.bad, made.pd), 'contract': champion.contract.digest, 'libraries': library_versions(recipe.family)}
 
-# %% ../nbs/33_retrain.ipynb #2c0d07ce
-def _monitoring(contract:Contract, rows:_Rows, made:Assembled)->dict[str, Any]:
-    "What a bundle needs to be watched."
-    return {}
+# %% ../nbs/33_retrain.ipynb #4dc9d974
+def _monitoring(contract:Contract, rows:_Rows, learnt:_Learnt, trained:Trained, made:Assembled, world:Frame|None)->dict[str, Any]:
+    "What a bundle needs to be watched: how applications look, and how well pds foretell recent outcomes."
+    performance = performance_reference(made.pd, made.bad, made.amount)
+    if world:
+        model = Scorer('', contract, learnt.plan, made.predictor, made.calibration, made.policy, {})
+        return {'drift': _seen(model, world), 'performance': performance}
+    every = np.flatnonzero(np.isfinite(trained.margins))
+    line, amount = fit_calibration(trained.margins[made.rows], made.bad), learnt.known.get(contract.amount or '', np.ones(len(trained.margins)))
+    whole = replace(made, rows=every, bad=learnt.data.target[every], pd=line.pd(trained.margins[every]), amount=amount[every])
+    parts = monitoring_parts(contract, lambda name: np.concatenate([frame[name] for frame in rows.blocks()]), whole)
+    return parts | {'performance': performance}
 
-# %% ../nbs/33_retrain.ipynb #66e72ec1
+# %% ../nbs/33_retrain.ipynb #c9962262
+def _seen(model:Scorer, world:Frame)->bytes:
+    "What applications look like to a model, as bundles keep it."
+    answer, time = model.frame(world), model.contract.time
+    day = world[time.name] if time and np.isfinite(world[time.name]).all() else None
+    return fit_reference(model.contract, lambda name: world[name], answer['pd'], answer['decision'], day).to_bytes()
+
+# %% ../nbs/33_retrain.ipynb #c34823fb
 def recalibrate(
     champion:Scorer, # the model in use
     learn:Recent, # recent outcomes to learn from
     models:str|Path, # directory that holds bundles
     facts:Mapping[str, Any]={}, # for its record
     threads:int=1, # of the model's library
+    world:Frame|None=None, # what drift is measured against from now on; None: what it was
 )->Challenger: # the same model with new probabilities
     "Fits the calibration of a model again."
     bad, before = learn.frame[_target(champion.contract)], champion.calibration
@@ -407,8 +426,11 @@ def recalibrate(
         predictor, line = with_points(predictor, line), Calibration(0.0, 1.0) # type: ignore[arg-type]
     done = {**facts, 'from': champion.version, 'recalibrated': True, 'recent': learn.digest(), 'rows': {'recent': learn.rows}}
     about = {**champion.metadata, 'retrained': done}
+    model = replace(champion, predictor=predictor, calibration=line)
+    amount = learn.frame[champion.policy.amount] if champion.policy.amount else None
+    performance = performance_reference(model.frame(learn.frame, threads)['pd'], bad, amount)
     bundle = write_bundle(models, predictor, champion.plan, line, champion.policy, champion.contract, about, {}, champion.reasons, champion.recourse,
-                          champion.drift, champion.performance)
+                          _seen(model, world) if world else champion.drift, performance)
     return Challenger(bundle, 'all', {'old': 0, 'recent': learn.rows, 'history': 0})
 
 # %% ../nbs/33_retrain.ipynb #c902f67f

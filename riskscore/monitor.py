@@ -108,7 +108,7 @@ class _Bundles(dict[str, Watched]):
                 return reference_from_bytes(data)
         return found
 
-# %% ../nbs/19_monitor.ipynb #5ba76c62
+# %% ../nbs/19_monitor.ipynb #28344a00
 @dataclass
 class Round:
     "What a round of the monitor has done."
@@ -132,7 +132,7 @@ class Round:
         "The round in one line."
         if not self.leads:
             return 'another monitor leads'
-        parts = [f"{w['from'][:16]} to {w['to'][:16]}: {w['words']}" for w in self.closed] or ['no window to close']
+        parts = [f"{w['from'][:19]} to {w['to'][:19]}: {w['words']}" for w in self.closed] or ['no window to close']
         parts += ['automated decisions are STOPPED'] if self.stopped else []
         parts += [f'{self.counted:,} decisions of dead workers counted'] if self.counted else []
         parts += [self.outcomes['words']] if self.outcomes else []

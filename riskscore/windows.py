@@ -294,7 +294,7 @@ class LiveCounts:
         if self._thread.ident:
             self._thread.join()
 
-# %% ../nbs/15_windows.ipynb #fcdc2ee7
+# %% ../nbs/15_windows.ipynb #bdec3bf7
 _LOOK = 0.05 # seconds
 
 
@@ -310,6 +310,8 @@ def _follow(live:LiveCounts)->None:
             if asked or time.monotonic() >= live._due:
                 live._due = time.monotonic() + live.every
                 _write_sums(live)
+        except StoreUnavailable as error:
+            log.warning('The counts for the monitor wait: %s', error)
         except Exception:
             log.exception('The counts for the monitor could not be written.')
         if asked:
@@ -343,33 +345,32 @@ def _recount(live:LiveCounts, tally:Tally, upto:int)->None:
     while entries := stored_decisions(live.store, live.watched, live.journal.writer, tally.through, upto, BLOCK):
         tally.add(entries, live.watched, live.window)
 
-# %% ../nbs/15_windows.ipynb #ca3780a5
+# %% ../nbs/15_windows.ipynb #e8ff52f8
 def _write_sums(live:LiveCounts)->None:
-    "Hands over what was counted since the last time."
+    "Hands over what was counted since the last time; again, when somebody else has moved the number."
     while live.decided:
         _count(live)
-    tally, journal = live._tally, live.journal
-    if tally.through == live._through:
-        return
-    sums = {key: _sum_of(live, key) + counts for key, counts in tally.counts.items()}
-    told = {key: (counts.rows, counts.to_bytes()) for key, counts in sums.items()}
-    write = partial(_write, writer=journal.writer, before=live._through, tally=tally, sums=told, name=journal.writer)
-    moved = _carried(live, write)
-    if moved is None:
-        live._through, live._tally, live._sums = tally.through, Tally(tally.through), sums
-    else:  # the monitor was there, or a commit was made whose answer was lost
-        log.info('The counts of chain %s went on without it, up to row %d.', journal.writer, moved)
-        live._through, live._tally, live._sums = moved, Tally(moved), {}
-        _recount(live, live._tally, tally.through)
+    name = live.journal.writer
+    while live._tally.through != live._through:
+        tally = live._tally
+        sums = {key: _sum_of(live, key) + counts for key, counts in tally.counts.items()}
+        told = {key: (counts.rows, counts.to_bytes()) for key, counts in sums.items()}
+        moved = _carried(live, partial(_write, writer=name, before=live._through, tally=tally, sums=told, name=name))
+        if moved is None:
+            live._through, live._tally, live._sums = tally.through, Tally(tally.through), sums
+        else:  # the monitor was there, or a commit was made whose answer was lost
+            log.info('The counts of chain %s went on without it, up to row %d.', name, moved)
+            live._through, live._tally, live._sums = moved, Tally(moved), {}
+            _recount(live, live._tally, tally.through)
 
-# %% ../nbs/15_windows.ipynb #39ae48b2
+# %% ../nbs/15_windows.ipynb #2dfeff83
 def _carried(live:LiveCounts, write:Callable[[Callable[..., Any], str], int|None])->int|None:
     "Writes with the journal's next transaction; with one of its own when the journal has ended."
     if not live._ended:
         try:
             return live.journal.carry(write).result(30.0)
-        except (StoreUnavailable, Late) as error:
-            raise StoreUnavailable(f'The counts wait: {error}') from error
+        except Late as error:
+            raise StoreUnavailable('the journal is busy') from error
     with live.store.write() as connection:
         return write(connection.exec_driver_sql, '?' if live.store.path else '%s')
 

@@ -218,7 +218,7 @@ class _Distances(NamedTuple):
     ks_critical: npt.NDArray[np.float64]
     worst: npt.NDArray[np.intp]  # bin that adds most to the index
 
-# %% ../nbs/12_drift.ipynb #152edcf5
+# %% ../nbs/12_drift.ipynb #edf25864
 def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->_Distances:
     "Compares a window with history."
     plan, starts = _plan(reference), reference.starts[:-1]
@@ -235,7 +235,7 @@ def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float
     raised = np.divide(psi / scale, agreed, out=np.ones_like(psi), where=agreed > 0)
     critical = np.array([chi2_critical(alpha, int(df)) for df in k - 1]) * scale * effect * raised
     worst = np.array([first + int(np.argmax(t)) for first, t in zip(plan.first, np.split(terms, plan.first[1:]), strict=True)])
-    return _Distances(m, psi, critical, chi2_sf(agreed / effect, k - 1), js, *_kolmogorov(reference, flat, alpha, effect), worst)
+    return _Distances(m, psi, critical, chi2_sf(agreed / effect, k - 1), js, *_kolmogorov(reference, flat, alpha), worst)
 
 # %% ../nbs/12_drift.ipynb #39d176ed
 def _scale(rows:npt.NDArray[np.int64], bins:npt.NDArray[np.int64])->npt.NDArray[np.float64]:
@@ -243,9 +243,8 @@ def _scale(rows:npt.NDArray[np.int64], bins:npt.NDArray[np.int64])->npt.NDArray[
     rows = np.maximum(rows, 1)
     return 1 / rows / np.minimum((1 + 0.5 * bins / rows)**2, np.where(bins <= 50, 1.25, 1))
 
-# %% ../nbs/12_drift.ipynb #efaf6475
-def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float,
-                effect:npt.NDArray[np.float64])->tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+# %% ../nbs/12_drift.ipynb #f4ba519e
+def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     "Largest distance of each part and its critical value; NaN for categories and where nothing is known."
     starts, sizes, known = reference.starts[:-1], np.diff(reference.starts), _plan(reference).known
     functions, totals = [], []
@@ -257,30 +256,34 @@ def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:floa
         totals.append(total)
     distance = np.maximum.reduceat(np.abs(functions[0] - functions[1]), starts)
     empty = (totals[0] == 0) | (totals[1] == 0)
-    critical = kolmogorov_critical(alpha, *(np.maximum(t / effect, 1) for t in totals))
+    critical = kolmogorov_critical(alpha, *(np.maximum(t / _share_effects(reference), 1) for t in totals))
     return np.where(empty, np.nan, distance), np.where(empty, np.nan, critical)
 
-# %% ../nbs/12_drift.ipynb #ac97c860
+# %% ../nbs/12_drift.ipynb #b2e6846e
+def _share_effects(reference:DriftReference)->npt.NDArray[np.float64]:
+    "(parts,) design effect of a single share."
+    return np.array([max(part.effect or 1.0, part.share_effect or 1.0) for part in reference.parts])
+
+# %% ../nbs/12_drift.ipynb #954b72b1
 _SHARES = ('null', 'unseen', 'outside')
 
 
 def _rises(reference:DriftReference, flat:npt.NDArray[np.int64], rows:npt.NDArray[np.int64], limit:float, points:float)->npt.NDArray[np.float64]:
     "(3, parts, 3) of null, unseen and outside: the share of history, the share now, and errors."
     plan, starts, n_ref = _plan(reference), reference.starts, reference.rows
-    parts = reference.parts
+    parts, effect = reference.parts, _share_effects(reference)
     masks = [np.isin(np.arange(len(flat)), starts[1:] - 1), plan.unseen, plan.outside]
     new = [[0] * len(parts), [p.once for p in parts], [0 if p.form == 'levels' else 2 for p in parts]]  # what a sample of this size leaves out
     found = np.empty((3, len(parts), 3))
     for i, (mask, left_out) in enumerate(zip(masks, new, strict=True)):
         k_ref, k_now = (np.add.reduceat(np.where(mask, c, 0), starts[:-1]) for c in (reference.flat, flat))
         k_ref = np.minimum(k_ref + np.array(left_out), n_ref)
-        z = rise_z(k_ref, n_ref, k_now, rows)
+        z = rise_z(k_ref, n_ref, k_now, rows) / np.sqrt(effect)
         share, now = k_ref / n_ref, k_now / np.maximum(rows, 1)
-        root = np.sqrt([p.effect or 1.0 for p in parts])
-        for j in np.flatnonzero((now - share > points) & (z / root > limit)):
-            tail = rise_sf(int(k_ref[j]), n_ref, int(k_now[j]), int(rows[j]))
+        for j in np.flatnonzero((now - share > points) & (z > limit)):
+            tail = rise_sf(*(int(size / effect[j]) for size in (k_ref[j], n_ref, k_now[j], rows[j])))
             z[j] = min(z[j], normal_critical(min(max(tail, 1e-300), 0.5)))
-        found[i] = np.stack([share, now, z / root], axis=1)
+        found[i] = np.stack([share, now, z], axis=1)
     return found
 
 # %% ../nbs/12_drift.ipynb #9f024d3e
@@ -349,7 +352,7 @@ def _note(reference:DriftReference)->str:
     effects = np.array(list(reference.effect.values()))
     return f'rows in bursts: critical values times a design effect of {np.median(effects):.2f} (median over columns), at most {effects.max():.2f}'
 
-# %% ../nbs/12_drift.ipynb #39d739c2
+# %% ../nbs/12_drift.ipynb #9961ed3d
 def _approval(reference:DriftReference, counts:Counts)->dict[str, Any]|None:
     "Share of approvals; None where decisions are not counted."
     place = reference.answer_places.get('decision')
@@ -357,7 +360,7 @@ def _approval(reference:DriftReference, counts:Counts)->dict[str, Any]|None:
         return None
     part, now = reference.answers['decision'], counts.flat[place]
     cell, sums = part.codes['approve'], (int(part.counts.sum()), int(now.sum()))
-    z = float(rise_z(part.counts[cell], sums[0], now[cell], sums[1])) / np.sqrt(part.effect or 1.0)
+    z = float(rise_z(part.counts[cell], sums[0], now[cell], sums[1])) / np.sqrt(max(part.effect or 1.0, part.share_effect or 1.0))
     return {'reference': int(part.counts[cell]) / sums[0], 'now': int(now[cell]) / sums[1], 'p': min(1.0, 2 * normal_sf(abs(z)))}
 
 # %% ../nbs/12_drift.ipynb #30bfb0b5

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['MOST_VALUES', 'MOST_LEVELS', 'FINE', 'ColumnReference', 'unseen_cells', 'outside_cells', 'count_values', 'cells_of',
-           'DriftReference', 'design_effect', 'fit_reference', 'reference_from_bytes']
+           'DriftReference', 'design_effects', 'fit_reference', 'reference_from_bytes']
 
-# %% ../nbs/11_reference.ipynb #bd29829e
+# %% ../nbs/11_reference.ipynb #69bc6b48
 import json
 import struct
 from collections import Counter
@@ -20,8 +20,9 @@ import numpy.typing as npt
 
 from .contract import DECISIONS, Column, Contract
 from .core import RiskError, digest_bytes
+from .significance import chi2_critical
 
-# %% ../nbs/11_reference.ipynb #d43c2a03
+# %% ../nbs/11_reference.ipynb #45721bea
 MOST_VALUES, MOST_LEVELS, FINE = 50, 255, 500
 _NO_VALUES = np.empty(0)
 _SORTED_ROWS = 2048  # from so many rows on it is faster to sort the values and look up the edges in them
@@ -40,7 +41,8 @@ class ColumnReference:
     inside: tuple[int, int] = (0, 0)  # of a number: first cell from the 0.1% point of history, and first cell beyond its 99.9% point
     tops: tuple[int, ...] = ()  # of a grid: the last cell of each bin but the highest
     once: int = 0  # values or levels that history holds once
-    effect: float | None = None  # design effect: 3 when 300 rows tell as much as 100 independent ones
+    effect: float | None = None  # design effect: 3 when 300 rows in bursts tell as much of all bins as 100 independent ones
+    share_effect: float | None = None  # the same for a single share, and for the distance between distribution functions
 
     @cached_property
     def edges(self) -> npt.NDArray[np.float64]:
@@ -222,28 +224,42 @@ def _fit_levels(column:Column, values:npt.NDArray[Any])->ColumnReference:
     counts = np.array([*held, len(values) - sum(held) - null, null], dtype=np.int64)
     return ColumnReference(column.name, column.kind, 'levels', counts, levels=tuple(ranked), once=held.count(1))
 
-# %% ../nbs/11_reference.ipynb #ea86df56
+# %% ../nbs/11_reference.ipynb #61be7763
 def _fit_column(column:Column, values:npt.NDArray[Any], order:npt.NDArray[np.intp]|None)->ColumnReference:
     "The reference of one column."
     fitted = _fit_levels(column, values) if values.dtype.kind == 'O' else _fit_number(column, values)
-    return fitted if order is None else replace(fitted, effect=design_effect(fitted.bins[cells_of(fitted, values)][order]))
+    if order is None:
+        return fitted
+    effect, share_effect = design_effects(fitted.bins[cells_of(fitted, values)][order])
+    return replace(fitted, effect=effect, share_effect=share_effect)
 
-# %% ../nbs/11_reference.ipynb #be40adc6
-def design_effect(
+# %% ../nbs/11_reference.ipynb #5685c3d1
+def design_effects(
     bins:npt.NDArray[np.intp], # (rows,) bin of each row, in order of time
-    blocks:int=64, # at most so many blocks, of 50 rows or more
-)->float: # 1 for independent rows, and where history is too short to tell
+)->tuple[float, float]: # for all bins together and for a single share; 1 for independent rows, and where history is too short to tell
     "How many rows in bursts tell as much as one independent row."
-    blocks = min(blocks, len(bins) // 50)
-    shares = np.bincount(bins) / max(len(bins), 1)
-    used = np.flatnonzero(shares)
-    if blocks < 8 or len(used) < 2:
-        return 1.0
-    size = len(bins) // blocks
-    keys = bins[:size * blocks] + np.repeat(np.arange(blocks) * len(shares), size)
-    counts = np.bincount(keys, minlength=blocks * len(shares)).reshape(blocks, -1)[:, used]
-    squares = (np.diff(counts, axis=0)**2 / (2 * size * shares[used])).sum(axis=1) / (len(used) - 1)
-    return max(1.0, float(squares.mean()))
+    found = [(1.0, 1.0)]
+    for blocks in (64, 32, 16):
+        size, shares = len(bins) // blocks, np.bincount(bins) / max(len(bins), 1)
+        used = np.flatnonzero(shares)
+        if size >= 50 and len(used) > 1:
+            keys = bins[:size * blocks] + np.repeat(np.arange(blocks) * len(shares), size)
+            counts = np.bincount(keys, minlength=blocks * len(shares)).reshape(blocks, -1)[:, used]
+            found.append(_effects(np.diff(counts, axis=0) / np.sqrt(2 * size), shares[used]))
+    return max(f[0] for f in found), max(f[1] for f in found)
+
+# %% ../nbs/11_reference.ipynb #d52d4745
+def _effects(steps:npt.NDArray[np.float64], shares:npt.NDArray[np.float64])->tuple[float, float]:
+    "Design effects from (pairs, bins) differences of neighbouring blocks, each over the root of twice its rows."
+    most, pairs = len(shares) - 1, len(steps) * 2 / 3  # each block is in two pairs, so they are worth fewer
+    scaled = steps / np.sqrt(shares)
+    covariance = scaled.T @ scaled / len(steps)
+    total = float(np.trace(covariance))
+    squares = (float((covariance**2).sum()) - total**2 / pairs) / (1 + 1 / pairs)  # without what few pairs add by chance
+    free = min(max(round(total**2 / max(squares, 1e-9)), 1), most)
+    sums, below = np.cumsum(steps, axis=1)[:, :-1], np.cumsum(shares)[:-1]
+    return (total / free * chi2_critical(0.01, free) / chi2_critical(0.01, most),
+            float((sums**2).mean(axis=0).sum() / (below * (1 - below)).sum()))
 
 # %% ../nbs/11_reference.ipynb #97fe83fe
 def fit_reference(
@@ -276,7 +292,7 @@ def _with_levels(column:ColumnReference, levels:Sequence[str])->ColumnReference:
     counts = np.array([*(found.get(level, 0) for level in kept), *column.counts[-2:]], dtype=np.int64)
     return replace(column, levels=tuple(kept), counts=counts, once=0)
 
-# %% ../nbs/11_reference.ipynb #4d880bcc
+# %% ../nbs/11_reference.ipynb #fa197540
 _MAGIC = b'riskscore drift 1\n'
 _LARGEST = 2**32 - 1
 
@@ -286,7 +302,7 @@ def _written(reference:DriftReference)->bytes:
     if reference.rows > _LARGEST:
         raise RiskError(f'A reference holds up to {_LARGEST:,} rows, got {reference.rows:,}. Take a sample of history.')
     parts = [{'name': p.name, 'kind': p.kind, 'form': p.form, 'points': len(p.points), 'levels': list(p.levels), 'inside': list(p.inside),
-              'tops': list(p.tops), 'once': p.once, 'effect': p.effect} for p in reference.parts]
+              'tops': list(p.tops), 'once': p.once, 'effects': [p.effect, p.share_effect]} for p in reference.parts]
     header = json.dumps({'rows': reference.rows, 'columns': parts[:len(reference.columns)], 'answers': parts[len(reference.columns):]},
                         sort_keys=True, separators=(',', ':'), allow_nan=False).encode()
     points = np.concatenate([_NO_VALUES, *(p.points for p in reference.parts)]).astype('<f8')
@@ -346,16 +362,16 @@ def _by_name(parts:Iterable[ColumnReference])->dict[str, ColumnReference]:
         found[part.name] = part
     return found
 
-# %% ../nbs/11_reference.ipynb #2867b518
+# %% ../nbs/11_reference.ipynb #cae41cfa
 def _part(entry:Mapping[str, Any], points:npt.NDArray[np.float64], counts:npt.NDArray[np.int64], rows:int)->ColumnReference:
     "One column, if it is possible."
-    cells, texts, effect = len(counts), [entry['name'], entry['kind'], entry['form'], *entry['levels']], entry['effect']
+    cells, texts, effects = len(counts), [entry['name'], entry['kind'], entry['form'], *entry['levels']], entry['effects']
     inside, tops = [[_whole(i, cells) for i in entry[key]] for key in ('inside', 'tops')]
     wrong = [
         not all(isinstance(t, str) for t in texts) or len(set(entry['levels'])) < len(entry['levels']),
         not np.isfinite(points).all() or (np.diff(points) <= 0).any() or int(counts.sum()) != rows,
         len(inside) != 2 or inside[0] > inside[1] or any(a >= b for a, b in zip(tops, tops[1:], strict=False)),
-        effect is not None and not (isinstance(effect, float) and 1 <= effect < 1e9),
+        len(effects) != 2 or (effects != [None, None] and not all(isinstance(e, float) and 1 <= e < 1e9 for e in effects)),
         entry['form'] == 'levels' and len(points) > 0,
         entry['form'] == 'grid' and not tops,
         entry['form'] == 'values' and len(entry['levels']) not in (0, len(points)),
@@ -363,4 +379,4 @@ def _part(entry:Mapping[str, Any], points:npt.NDArray[np.float64], counts:npt.ND
     if any(wrong):
         raise ValueError(f'column {str(entry["name"])[:40]} is not as it was written')
     return ColumnReference(entry['name'], entry['kind'], entry['form'], counts, points, tuple(entry['levels']), (inside[0], inside[1]), tuple(tops),
-                           _whole(entry['once'], rows), effect)
+                           _whole(entry['once'], rows), *effects)

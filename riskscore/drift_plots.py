@@ -57,8 +57,8 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #c10f76ca
-_SHADES = {'low': 0.1, 'moderate': 0.4, 'high': 0.85}
+# %% ../nbs/42_drift_plots.ipynb #1eb66cf5
+_SHADES = {'chance': 0.08, 'low': 0.25, 'moderate': 0.5, 'high': 0.9}
 
 
 def evolution_figure(
@@ -74,8 +74,9 @@ def evolution_figure(
     figure, axes = new_axes('Window', '', (6.6, 1.0))
     name_rows(axes, names, height=0.21)
     for band, shade in _SHADES.items():
-        cells = [(i, row) for i, window in enumerate(found) for row, name in enumerate(names) if name in window and window[name]['band'] == band]
-        axes.bar([i for i, _ in cells], 0.9, 0.94, [row - 0.45 for _, row in cells], color=COLOURS['second'], alpha=shade, label=f'{band} PSI')
+        cells = [(i, row) for i, window in enumerate(found) for row, name in enumerate(names) if name in window and _shade(window[name]) == band]
+        if cells:
+            axes.bar([i for i, _ in cells], 0.9, 0.94, [row - 0.45 for _, row in cells], color=COLOURS['second'], alpha=shade, label=band)
     for state, marker in (('material', 'o'), ('broken', 'X')):
         cells = [(i, row) for i, window in enumerate(found) for row, name in enumerate(names) if name in window and _state(window[name]) == state]
         if cells:
@@ -91,6 +92,11 @@ def _state(cell:Mapping[str, Any])->str:
     "What a cell is marked with."
     return 'broken' if cell.get('broken') else str(cell['verdict'])
 
+# %% ../nbs/42_drift_plots.ipynb #8168c4c4
+def _shade(cell:Mapping[str, Any])->str:
+    "How dark a cell is: by its band, where it has moved beyond chance or is broken."
+    return 'chance' if cell['verdict'] == 'noise' and not cell.get('broken') else str(cell['band'])
+
 # %% ../nbs/42_drift_plots.ipynb #d39c7e68
 def _window_ticks(axes:Axes, names:Sequence[str])->None:
     "Names of windows below; not all of them when there are many."
@@ -98,7 +104,7 @@ def _window_ticks(axes:Axes, names:Sequence[str])->None:
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names))[::every], names[::every])
 
-# %% ../nbs/42_drift_plots.ipynb #7a3112a3
+# %% ../nbs/42_drift_plots.ipynb #31d2bc49
 _MARKS = {'calm': ('o', 'good'), 'flag': ('s', 'refer'), 'stop': ('X', 'bad')}
 
 
@@ -109,12 +115,12 @@ def drift_share_figure(
     "Share of columns with material drift in each window."
     figure, axes = new_axes('Window', 'Columns with material drift (%)', (6.6, 2.5))
     shares = np.array([np.nan if window['drift_share'] is None else window['drift_share'] for window in windows])
-    axes.plot(range(len(shares)), shares, color=COLOURS['muted'], linewidth=1.2)
+    axes.plot(range(len(shares)), shares, color=COLOURS['muted'], linewidth=1.2, clip_on=False)
     states = np.array(['stop' if window['stop'] else 'flag' if window['flag'] else 'calm' for window in windows])
     for state, (marker, colour) in _MARKS.items():
         at = np.flatnonzero((states == state) & np.isfinite(shares))
         if len(at):
-            axes.plot(at, shares[at], marker, color=COLOURS[colour], markersize=7, label=state)
+            axes.plot(at, shares[at], marker, color=COLOURS[colour], markersize=7, label=state, clip_on=False)
     axes.axhline(line, color=COLOURS['bad'], linewidth=1.2, linestyle=(0, (4, 3)), label=f'flag above {line:.0%}')
     _window_ticks(axes, [str(window['window']) for window in windows])
     axes.set_ylim(0, 1.15 * max(2 * line, float(np.nanmax(shares, initial=0))))

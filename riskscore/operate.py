@@ -164,7 +164,7 @@ class _Duration(click.ParamType):
             self.fail(f'{value} is no length of time such as 30s, 15m, 24h or 7d, from a second to 31 days.', param, ctx)
         return float(found[1]) * _UNITS[found[2]]
 
-# %% ../nbs/50_operate.ipynb #bf9b3a9d
+# %% ../nbs/50_operate.ipynb #a6a19be6
 @click.command(short_help='Close monitoring windows: verdicts, alerts, emergency stop.', epilog='Example: riskscore monitor --every 1h --window 24h')
 @click.option('--every', type=_Duration(), help='Time between rounds; windows are closed when they end in any case.  [default: a window]')
 @click.option('--window', type=_Duration(), help='Length of a window.  [default: 24h, or what the service is set to]')
@@ -188,7 +188,8 @@ def monitor(
 
     settings = _settings(window_seconds=window, **given)
     _existing(settings.store)
-    logging.config.dictConfig(log_config(settings))
+    if not logging.getLogger().handlers:  # nobody else has said where logs go
+        logging.config.dictConfig(log_config(settings))
     ctx.exit(asyncio.run(_watch(settings, every or settings.window_seconds, once)))
 
 # %% ../nbs/50_operate.ipynb #c8cff8c0

@@ -68,12 +68,12 @@ def cause_of(
         return Cause('none', 'keep', (), 'There is no drift verdict and no matured outcome to judge by.')
     return Cause('none', 'keep', moved, 'Nothing differs from history by more than noise, or by enough to matter.')
 
-# %% ../nbs/32_causes.ipynb #986c7ead
+# %% ../nbs/32_causes.ipynb #4e55fa88
 def _alarmed(moved:tuple[str, ...], flag:bool, concept:Mapping[str, Any])->Cause:
     "The cause when outcomes are not as stated."
     parts = {name for name in ('calibration', 'ranking') if isinstance(concept.get(name), Mapping) and concept[name].get('alarm')}
     told = f'{int(concept["outcomes"]):,} matured outcomes' if concept.get('outcomes') else 'Matured outcomes'
-    suspect = next(iter(concept['calibration'].get('suspects') or [{}]), {}) if 'calibration' in parts else {}
+    suspect: Mapping[str, Any] = next(iter(concept['calibration'].get('suspects') or [{}]), {}) if 'calibration' in parts else {}
     if parts == {'calibration'} and (_on_the_line(suspect) if suspect else flag):
         why = f'Other applicants come than in history ({_named(moved)}). ' if flag else ''
         return Cause('mix shift' if flag else 'concept', 'recalibrate', moved, f'{why}{told} keep the order of risk, but the stated probabilities are off by '

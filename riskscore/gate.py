@@ -109,6 +109,12 @@ def canary(
     words = f'The feed looks broken in {", ".join(list(broken)[:3])}.' if broken else 'The rows that were added look like a feed that works.'
     return {'rows': frame_rows(frame), 'broken': broken, 'accepted': sorted(accepted), 'passed': not broken, 'words': words}
 
+# %% ../nbs/38_gate.ipynb #5aa21805
+def _canaries(reference:DriftReference, added:Frame, judged:Frame, accepted:Collection[str])->dict[str, Any]:
+    "Of the rows that were learnt from, and of those that judge: a feed may have broken between the two."
+    found = [canary(reference, frame, accepted) for frame in (added, judged)]
+    return found[0] if not found[0]['passed'] or found[1]['passed'] else found[1] | {'words': found[1]['words'] + ' These are the rows that judge.'}
+
 # %% ../nbs/38_gate.ipynb #ed96ab99
 _RISE = {'grid': 0.15}  # points by which one answer may rise, in a column of many values
 _RISE_OF_FEW = 0.5 # in a column of few values, whose shares move by themselves
@@ -213,7 +219,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
     return found
 
-# %% ../nbs/38_gate.ipynb #deb9d140
+# %% ../nbs/38_gate.ipynb #bce52dba
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -234,7 +240,7 @@ def gate(
     bad = frame[_outcome(champion.contract)]
     enough = _enough(bad, rule)
     found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': by, 'rule': _plain(asdict(rule)), 'rows': dict(rows),
-                             'canary': canary(reference, added, accepted)}
+                             'canary': _canaries(reference, added, frame, accepted)}
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)

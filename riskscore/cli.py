@@ -6,7 +6,7 @@
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'policy_commands', 'show', 'set_policy',
            'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #0a15a540
+# %% ../nbs/51_cli.ipynb #f7aa5af9
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -20,7 +20,8 @@ from . import __version__
 from .contract import DECISIONS, LANGUAGES, Contract
 from .core import RiskError, frame_rows, listing, write_text
 from .drifting import drift
-from .operate import erase, keys_commands, serve, verify
+from .operate import erase, keys_commands, monitor, serve, verify
+from .retraining import retrain, rollback
 
 if TYPE_CHECKING:
     from riskscore.batch import BatchRun
@@ -68,7 +69,7 @@ def _progress(
     with tqdm(desc=what, unit=' rows', unit_scale=True, leave=False) as bar:
         yield lambda rows: bar.update(rows - bar.n)
 
-# %% ../nbs/51_cli.ipynb #85fb03d0
+# %% ../nbs/51_cli.ipynb #7554b747
 @click.group(cls=Commands, context_settings={'help_option_names': ['-h', '--help'], 'max_content_width': 110})
 @click.version_option(__version__, prog_name='riskscore')
 def main()->None: # the entry point
@@ -76,7 +77,7 @@ def main()->None: # the entry point
     os.environ.setdefault('OMP_WAIT_POLICY', 'passive')  # threads of LightGBM that wait leave the processor to the reader
 
 
-for command in (serve, verify, erase, keys_commands, drift):
+for command in (serve, monitor, verify, erase, keys_commands, drift, retrain, rollback):
     main.add_command(command)
 
 # %% ../nbs/51_cli.ipynb #5b84fc6f

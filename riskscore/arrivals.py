@@ -104,7 +104,7 @@ def arrivals(
             kept.append(rng.uniform(spike.at, spike.at + spike.seconds, rng.poisson(spike.extra)))
     return np.sort(np.concatenate(kept))
 
-# %% ../nbs/31_arrivals.ipynb #df8199f0
+# %% ../nbs/31_arrivals.ipynb #099629d1
 class BankDay(NamedTuple):
     "The applicants of a day: `first` to `first + len(times)`, the last excluded."
 
@@ -118,7 +118,7 @@ class BankDay(NamedTuple):
         "Place behind its last applicant."
         return self.first + len(self.times)
 
-
+# %% ../nbs/31_arrivals.ipynb #c27d9516
 def bank_days(
     calendar:Calendar, # how many, and when
     seed:int, # 0 or more

@@ -168,14 +168,14 @@ def _decided(decision:str, words:str, then:str)->dict[str, Any]:
     "A decision in words."
     return {'decision': decision, 'words': f'{DECIDED[decision]}. {words}', 'next': then.strip()}
 
-# %% ../nbs/39_challenge.ipynb #c3672758
+# %% ../nbs/39_challenge.ipynb #8ec43035
 _WORLD = 1_000  # applications that may stand for all that come
 
 
 def _challenged(champion:Scorer, history:str|Path, recent:Recent, cause:Cause, terms:Terms, everybody:Frame|None,
                 models:Path)->tuple[dict[str, Any], Path|None]:
     "Trains a challenger and holds it against the champion: what the evidence says of it, and its bundle."
-    learn, judge = hold_back(recent, terms.held_back)
+    learn, judge = hold_back(recent, terms.held_back, champion)
     blocks = history_blocks(history, champion.contract)
     facts = {'cause': cause.kind, 'history': digest_file(history) if Path(history).is_file() else ''}
     by, reference = 'log_loss' if cause.action == 'recalibrate' else 'auc', reference_of(champion, blocks)

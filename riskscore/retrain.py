@@ -42,7 +42,7 @@ from .scorecard import with_points
 from .split import cv_folds
 from .store import Store
 
-# %% ../nbs/33_retrain.ipynb #c92325ee
+# %% ../nbs/33_retrain.ipynb #0ae75365
 @dataclass(frozen=True)
 class Recent:
     "Applications with an outcome, in order of time."
@@ -50,6 +50,7 @@ class Recent:
     frame: Frame  # typed columns of the contract, the outcome among them
     when: npt.NDArray[np.float64]  # (rows,) days since 1970 of the decision, or the number of the row where no time is known
     left_out: Mapping[str, int]  # reason to number of outcomes that are not in the frame
+    dated: bool = False  # is `when` a time?
 
     @property
     def rows(self) -> int:
@@ -61,14 +62,14 @@ class Recent:
         rows: npt.NDArray[Any],  # positions or a mask
     ) -> 'Recent':  # these only
         "Some of them."
-        return Recent({name: values[rows] for name, values in self.frame.items()}, self.when[rows], {})
+        return Recent({name: values[rows] for name, values in self.frame.items()}, self.when[rows], {}, self.dated)
 
     def digest(self) -> str:
         "SHA-256 of what is learnt from, for the record."
         parts = [[name, values.tolist() if values.dtype.kind == 'O' else [repr(v) for v in values.tolist()]] for name, values in sorted(self.frame.items())]
         return digest_bytes(canonical_json([*parts, self.when.tolist()]).encode())
 
-# %% ../nbs/33_retrain.ipynb #e91be778
+# %% ../nbs/33_retrain.ipynb #9b64135c
 def recent_from_store(
     store:Store, # the log
     contract:Contract, # of the model that is to learn
@@ -94,7 +95,7 @@ def recent_from_store(
         else:
             typed.append(values | {target: float(row['bad'])})
             when.append(day)
-    return Recent(_stacked(contract, typed), np.array(when), left_out)
+    return Recent(_stacked(contract, typed), np.array(when, dtype=np.float64), left_out, dated=True)
 
 # %% ../nbs/33_retrain.ipynb #2db0b492
 def _target(contract:Contract)->str:
@@ -184,7 +185,7 @@ def history_blocks(
 
     return blocks
 
-# %% ../nbs/33_retrain.ipynb #e7706d40
+# %% ../nbs/33_retrain.ipynb #cdb8c80d
 def recent_from_file(
     path:str|Path, # applications with their outcomes
     contract:Contract, # of the model
@@ -197,18 +198,22 @@ def recent_from_file(
     frame = {name: np.concatenate([batch.frame[name][~batch.bad_rows] for batch in batches]) for name in names}
     refused = sum(int(batch.bad_rows.sum()) for batch in batches)
     when = frame[contract.time.name] if contract.time else np.arange(frame_rows(frame), dtype=np.float64)
-    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {'does not fit the contract, or has no outcome': refused} if refused else {})
-    return Recent(**{**vars(found.part(np.argsort(found.when, kind='stable'))), 'left_out': found.left_out})
+    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {}, contract.time is not None)
+    left_out = {'does not fit the contract, or has no outcome': refused} if refused else {}
+    return replace(found.part(np.argsort(found.when, kind='stable')), left_out=left_out)
 
-# %% ../nbs/33_retrain.ipynb #01bb08d1
+# %% ../nbs/33_retrain.ipynb #24a58c41
 def hold_back(
     recent:Recent, # in order of time
     share:float=0.4, # of the outcomes, the latest
+    champion:Scorer|None=None, # whose own lessons do not judge it
 )->tuple[Recent, Recent]: # to learn from, to judge by
     "Divides recent outcomes by time."
     if not 0 < share < 1:
         raise RiskError(f'A share to hold back lies between 0 and 1, got {share}.')
-    border = recent.rows - int(np.ceil(share * recent.rows))
+    until = champion.metadata.get('retrained', {}).get('until') if champion and recent.dated else None
+    learnt = 0 if until is None else int(np.searchsorted(recent.when, until, 'right'))
+    border = max(learnt, recent.rows - int(np.ceil(share * recent.rows)))
     return recent.part(np.arange(border)), recent.part(np.arange(border, recent.rows))
 
 # %% ../nbs/33_retrain.ipynb #7bcf8bea
@@ -336,7 +341,7 @@ class Challenger:
     rows: Mapping[str, int]  # old and recent rows that it learnt from, and history: rows of the champion's history
     twin: tuple[FeaturePlan, Predictor] | None = None  # the same mix, thinned to the size of history; None where the challenger saw no more rows than that
 
-# %% ../nbs/33_retrain.ipynb #8b44fd25
+# %% ../nbs/33_retrain.ipynb #2e25334c
 def train_challenger(
     champion:Scorer, # the model in use
     history:Blocks, # what it learnt from
@@ -355,12 +360,17 @@ def train_challenger(
         old, total = len(learnt.data.target) - learn.rows, sum(frame_rows(frame) for frame in history())
         trained, made = _train(contract, recipe, learnt, old)
         about = _about(champion, recipe, trained, made) | {'retrained': {**facts, 'from': champion.version, 'memory': memory, 'recent': learn.digest(),
-                                                                        'rows': {'old': old, 'recent': learn.rows}}}
+                                                                        **_until(learn), 'rows': {'old': old, 'recent': learn.rows}}}
         parts = _monitoring(contract, rows, learnt, trained, made, world)
         bundle = write_bundle(models, made.predictor, learnt.plan, made.calibration, made.policy, contract, about, {}, made.reasons, made.recourse, **parts)
     more = old + learn.rows > total
     twin = _plain_fit(contract, recipe, _Rows(history, learn.frame, rows.share, total / (old + learn.rows), recipe.seed + 1)) if more else None
     return Challenger(bundle, memory, {'old': old, 'recent': learn.rows, 'history': total}, twin)
+
+# %% ../nbs/33_retrain.ipynb #f20622ff
+def _until(learn:Recent)->dict[str, float]:
+    "The time up to which outcomes have been learnt from."
+    return {'until': float(learn.when[-1])} if learn.dated and learn.rows else {}
 
 # %% ../nbs/33_retrain.ipynb #33eabd71
 def _train(contract:Contract, recipe:Recipe, learnt:_Learnt, old:int)->tuple[Trained, Assembled]:
@@ -406,7 +416,7 @@ def _seen(model:Scorer, world:Frame)->bytes:
     day = world[time.name] if time and np.isfinite(world[time.name]).all() else None
     return fit_reference(model.contract, lambda name: world[name], answer['pd'], answer['decision'], day).to_bytes()
 
-# %% ../nbs/33_retrain.ipynb #c34823fb
+# %% ../nbs/33_retrain.ipynb #d49fcfc6
 def recalibrate(
     champion:Scorer, # the model in use
     learn:Recent, # recent outcomes to learn from
@@ -424,7 +434,7 @@ def recalibrate(
     line, predictor = _line(before, margin, bad), champion.predictor
     if predictor.family == 'scorecard':  # its points are its probabilities
         predictor, line = with_points(predictor, line), Calibration(0.0, 1.0) # type: ignore[arg-type]
-    done = {**facts, 'from': champion.version, 'recalibrated': True, 'recent': learn.digest(), 'rows': {'recent': learn.rows}}
+    done = {**facts, 'from': champion.version, 'recalibrated': True, 'recent': learn.digest(), **_until(learn), 'rows': {'recent': learn.rows}}
     about = {**champion.metadata, 'retrained': done}
     model = replace(champion, predictor=predictor, calibration=line)
     amount = learn.frame[champion.policy.amount] if champion.policy.amount else None

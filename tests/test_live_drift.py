@@ -266,7 +266,7 @@ def test_nothing_is_counted_twice_or_left_out_after_a_kill(tmp_path, pointer, mo
 
 @pytest.mark.slow
 def test_nothing_is_counted_twice_or_left_out_after_many_kills(tmp_path, pointer, model):
-    assert killed_and_counted(tmp_path / 'serving', pointer, model, 12, 2) > 0
+    assert killed_and_counted(tmp_path / 'serving', pointer, model, 6, 2) > 0
 
 
 @pytest.mark.slow

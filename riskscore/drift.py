@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Counts', 'count_frame', 'count_records', 'counts_from_bytes', 'DriftRule', 'stop_errors', 'judge_drift', 'histogram']
 
-# %% ../nbs/12_drift.ipynb #b3b5e328
+# %% ../nbs/12_drift.ipynb #e00b4fa5
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ import numpy.typing as npt
 
 from .core import RiskError, listing, suggest
 from .reference import ColumnReference, DriftReference, cells_of, count_values, outside_cells, unseen_cells
-from .significance import (benjamini_hochberg, chi2_critical, chi2_sf, kolmogorov_critical, normal_critical, normal_sf, rise_sf,
+from .significance import (benjamini_hochberg, chi2_critical, chi2_sf, kolmogorov_critical, kolmogorov_sf, normal_critical, normal_sf, rise_sf,
                                     rise_z)
 
 # %% ../nbs/12_drift.ipynb #8344f17f
@@ -205,7 +205,7 @@ def _in_errors(before:npt.NDArray[Any], now:npt.NDArray[Any], used:npt.NDArray[n
     pooled = np.where(used, before + now, 1) / (n + m)[part]
     return (now / m[part] - before / n[part])**2 / pooled / (1 / n + 1 / m)[part]
 
-# %% ../nbs/12_drift.ipynb #f8f79d04
+# %% ../nbs/12_drift.ipynb #6761a5d1
 class _Distances(NamedTuple):
     "What was measured, a number for each part."
 
@@ -216,9 +216,10 @@ class _Distances(NamedTuple):
     js: npt.NDArray[np.float64]
     ks: npt.NDArray[np.float64]
     ks_critical: npt.NDArray[np.float64]
+    p_ks: npt.NDArray[np.float64]
     worst: npt.NDArray[np.intp]  # bin that adds most to the index
 
-# %% ../nbs/12_drift.ipynb #edf25864
+# %% ../nbs/12_drift.ipynb #c2fec27e
 def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->_Distances:
     "Compares a window with history."
     plan, starts = _plan(reference), reference.starts[:-1]
@@ -235,7 +236,8 @@ def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float
     raised = np.divide(psi / scale, agreed, out=np.ones_like(psi), where=agreed > 0)
     critical = np.array([chi2_critical(alpha, int(df)) for df in k - 1]) * scale * effect * raised
     worst = np.array([first + int(np.argmax(t)) for first, t in zip(plan.first, np.split(terms, plan.first[1:]), strict=True)])
-    return _Distances(m, psi, critical, chi2_sf(agreed / effect, k - 1), js, *_kolmogorov(reference, flat, alpha), worst)
+    ks, ks_critical, p_ks = _kolmogorov(reference, flat, alpha)
+    return _Distances(m, psi, critical, chi2_sf(agreed / effect, k - 1), js, ks, ks_critical, p_ks, worst)
 
 # %% ../nbs/12_drift.ipynb #39d176ed
 def _scale(rows:npt.NDArray[np.int64], bins:npt.NDArray[np.int64])->npt.NDArray[np.float64]:
@@ -243,9 +245,9 @@ def _scale(rows:npt.NDArray[np.int64], bins:npt.NDArray[np.int64])->npt.NDArray[
     rows = np.maximum(rows, 1)
     return 1 / rows / np.minimum((1 + 0.5 * bins / rows)**2, np.where(bins <= 50, 1.25, 1))
 
-# %% ../nbs/12_drift.ipynb #f4ba519e
-def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    "Largest distance of each part and its critical value; NaN for categories and where nothing is known."
+# %% ../nbs/12_drift.ipynb #65956ae2
+def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->npt.NDArray[np.float64]:
+    "(3, parts) largest distance, its critical value and its p-value; NaN for categories and where nothing is known."
     starts, sizes, known = reference.starts[:-1], np.diff(reference.starts), _plan(reference).known
     functions, totals = [], []
     for counts in (reference.flat, flat):
@@ -256,13 +258,19 @@ def _kolmogorov(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:floa
         totals.append(total)
     distance = np.maximum.reduceat(np.abs(functions[0] - functions[1]), starts)
     empty = (totals[0] == 0) | (totals[1] == 0)
-    critical = kolmogorov_critical(alpha, *(np.maximum(t / _share_effects(reference), 1) for t in totals))
-    return np.where(empty, np.nan, distance), np.where(empty, np.nan, critical)
+    worth = [np.maximum(t / _share_effects(reference), 1) for t in totals]
+    return np.where(empty, np.nan, [distance, kolmogorov_critical(alpha, *worth), kolmogorov_sf(distance, *worth)])
 
 # %% ../nbs/12_drift.ipynb #b2e6846e
 def _share_effects(reference:DriftReference)->npt.NDArray[np.float64]:
     "(parts,) design effect of a single share."
     return np.array([max(part.effect or 1.0, part.share_effect or 1.0) for part in reference.parts])
+
+# %% ../nbs/12_drift.ipynb #ddf52458
+def _combined(p:npt.NDArray[np.float64], other:npt.NDArray[np.float64])->npt.NDArray[np.float64]:
+    "One p-value of two; the first alone where the other is NaN."
+    one, two = (np.tan((0.5 - np.clip(a, 1e-15, 1 - 1e-9)) * np.pi) for a in (p, np.where(np.isnan(other), p, other)))
+    return np.where(np.isnan(other), p, 0.5 - np.arctan((one + two) / 2) / np.pi)
 
 # %% ../nbs/12_drift.ipynb #954b72b1
 _SHARES = ('null', 'unseen', 'outside')
@@ -308,7 +316,7 @@ def judge_drift(
     }
     return verdict | {'words': _words(verdict, rule)}
 
-# %% ../nbs/12_drift.ipynb #f6ac718f
+# %% ../nbs/12_drift.ipynb #465c7b10
 _ORDER = ('material', 'immaterial', 'noise', 'too few rows')
 
 
@@ -318,25 +326,27 @@ def _entries(reference:DriftReference, counts:Counts, rule:DriftRule)->list[dict
     found = _distances(reference, counts.flat, rule.alpha)
     limit = stop_errors(rule, sum(3 if p.form == 'values' else 2 for p in parts[:watched]))
     shares = _rises(reference, counts.flat, found.rows, limit, rule.broken_points)
-    adjusted = np.concatenate([benjamini_hochberg(found.p[:watched]), benjamini_hochberg(found.p[watched:])])
+    combined = _combined(found.p, found.p_ks)
+    adjusted = np.concatenate([benjamini_hochberg(combined[:watched]), benjamini_hochberg(combined[watched:])])
     entries = []
     for i, part in enumerate(parts):
         rises = {name: dict(zip(('reference', 'now', 'errors'), shares[j, i].tolist(), strict=True)) for j, name in enumerate(_SHARES)}
         risen = [n for n, r in rises.items() if r['errors'] > limit and r['now'] - r['reference'] > rule.broken_points]
-        entry = {'column': part.name, 'kind': part.kind, **_numbers_of(found, i, float(adjusted[i]), rule), **rises}
+        entry = {'column': part.name, 'kind': part.kind, **_numbers_of(found, i, (float(combined[i]), float(adjusted[i])), rule), **rises}
         entry['broken'] = bool(risen) and entry['verdict'] != 'too few rows'
         why = _why(entry, risen, int(found.rows[i]), rule)
         entries.append(entry | {'why': why or _moved(reference, counts, i, int(found.worst[i]), entry)})
     return entries
 
-# %% ../nbs/12_drift.ipynb #adbd28d0
-def _numbers_of(found:_Distances, i:int, adjusted:float, rule:DriftRule)->dict[str, Any]:
+# %% ../nbs/12_drift.ipynb #1104421c
+def _numbers_of(found:_Distances, i:int, combined:tuple[float, float], rule:DriftRule)->dict[str, Any]:
     "Verdict and measures of one part."
     psi, critical, ks = float(found.psi[i]), float(found.psi_critical[i]), (float(found.ks[i]), float(found.ks_critical[i]))
-    real = adjusted <= rule.alpha
+    real = combined[1] <= rule.alpha
     verdict = 'too few rows' if found.rows[i] < rule.column_rows else 'noise' if not real else 'material' if psi >= rule.bands[0] else 'immaterial'
-    return {'verdict': verdict, 'band': _band(psi, rule), 'psi': psi, 'psi_critical': critical, 'p': float(found.p[i]), 'p_adjusted': adjusted,
+    return {'verdict': verdict, 'band': _band(psi, rule), 'psi': psi, 'psi_critical': critical, 'p': float(found.p[i]),
             'ks': None if np.isnan(ks[0]) else ks[0], 'ks_critical': None if np.isnan(ks[0]) else ks[1],
+            'p_ks': None if np.isnan(ks[0]) else float(found.p_ks[i]), 'p_combined': combined[0], 'p_adjusted': combined[1],
             'js': float(found.js[i]), 'js_critical': critical / 8}
 
 # %% ../nbs/12_drift.ipynb #d16faf08
@@ -363,7 +373,7 @@ def _approval(reference:DriftReference, counts:Counts)->dict[str, Any]|None:
     z = float(rise_z(part.counts[cell], sums[0], now[cell], sums[1])) / np.sqrt(max(part.effect or 1.0, part.share_effect or 1.0))
     return {'reference': int(part.counts[cell]) / sums[0], 'now': int(now[cell]) / sums[1], 'p': min(1.0, 2 * normal_sf(abs(z)))}
 
-# %% ../nbs/12_drift.ipynb #30bfb0b5
+# %% ../nbs/12_drift.ipynb #6ce1280c
 _RISEN = {'null': 'is missing', 'unseen': 'has a value that history never held', 'outside': 'lies outside the range of history'}
 
 
@@ -378,8 +388,9 @@ def _why(entry:Mapping[str, Any], risen:Sequence[str], rows:int, rule:DriftRule)
     if entry['verdict'] != 'noise':
         return ''
     psi, limit = entry['psi'], entry['psi_critical']
-    return (f'PSI {psi:.3f} is within {limit:.3f}, which chance alone exceeds in {rule.alpha:.0%} of such windows.' if entry['p'] >= rule.alpha else
-            f'PSI {psi:.3f} is above {limit:.3f}, but among so many columns chance alone brings that about.')
+    if entry['p_combined'] < rule.alpha:
+        return f'PSI {psi:.3f} (chance: up to {limit:.3f}) is unusual, but among so many columns chance alone brings that about.'
+    return f'PSI {psi:.3f} is no more than chance: it exceeds {limit:.3f} in {rule.alpha:.0%} of such windows without drift.'
 
 # %% ../nbs/12_drift.ipynb #1277d7c1
 def _words(verdict:Mapping[str, Any], rule:DriftRule)->str:
@@ -425,11 +436,14 @@ def histogram(
     shares = [np.bincount(part.bins, c, minlength=len(labels)) / max(int(c.sum()), 1) for c in (part.counts, counts.flat[place])]
     return {'labels': labels, 'reference': shares[0].tolist(), 'now': shares[1].tolist(), 'rows': counts.rows}
 
-# %% ../nbs/12_drift.ipynb #59273c57
+# %% ../nbs/12_drift.ipynb #00b8e4fe
 def _moved(reference:DriftReference, counts:Counts, i:int, worst:int, entry:Mapping[str, Any])->str:
     "The drift of a column in one sentence, with the bin that adds most to its index."
     part, place = reference.parts[i], slice(*reference.starts[i:i + 2])
     bin = worst - int(_plan(reference).first[i])
     before, now = (int(c[part.bins == bin].sum()) / max(int(c.sum()), 1) for c in (part.counts, counts.flat[place]))
     size = 'small' if entry['verdict'] == 'immaterial' else entry['band']
-    return f"PSI {entry['psi']:.3f} is more than chance ({entry['psi_critical']:.3f}) and {size}: '{_labels(part)[bin]}' went from {before:.1%} to {now:.1%}."
+    seen = f"'{_labels(part)[bin]}' went from {before:.1%} to {now:.1%}"
+    if entry['p_ks'] is not None and entry['psi'] <= entry['psi_critical']:
+        return f"KS {entry['ks']:.3f} is more than chance ({entry['ks_critical']:.3f}) while PSI {entry['psi']:.3f} is {size}: {seen}."
+    return f"PSI {entry['psi']:.3f} is more than chance ({entry['psi_critical']:.3f}) and {size}: {seen}."

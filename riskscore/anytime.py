@@ -87,7 +87,7 @@ class _Learner:
         spread = self.spread - reach[..., :, None] * reach[..., None, :] * (weight / size)[..., None, None]
         self.spread = self.keep**2 * spread + (1 - self.keep**2) * self.prior
 
-# %% ../nbs/10_anytime.ipynb #3b7892e3
+# %% ../nbs/10_anytime.ipynb #681f4c96
 _FAR = np.array([0.15, 0.4, 0.9])  # beyond the tolerance
 _TILTS = {'pds too extreme': -0.4, 'pds say little': -0.8, 'order of pds reversed': -1.5, 'pds not extreme enough': 0.5}
 _THIRDS = ('low pds', 'middle pds', 'high pds')
@@ -99,24 +99,25 @@ def _names(columns:Sequence[str])->list[tuple[str, str]]:
     views += [('level', f'fewer bad than said ({size} beyond the tolerance)') for size in ('a little', 'some', 'much')]
     views += [('shape', name) for name in _TILTS]
     views += [('shape', f'{more} bad than said among {third}') for more in ('more', 'fewer') for third in _THIRDS]
-    views += [('column', f'{how} of {name}') for how in ('no effect', 'the opposite effect') for name in columns]
+    views += [('column', f'{how} of {name}') for how in ('no effect', 'the opposite effect', 'another effect') for name in columns]
     return views + [('learnt', f'{what} as learnt from outcomes{half}') for what in ('level and slope', *(['columns'] if columns else []))
                     for half in ('', ', half of it')]
 
-# %% ../nbs/10_anytime.ipynb #859db813
+# %% ../nbs/10_anytime.ipynb #3f642b41
 def _views(
     away:npt.NDArray[np.float64], # (…,) log-odds less their running mean
     spread:npt.NDArray[np.float64], # (…,) their running standard deviation
     parts:npt.NDArray[np.float64], # (…, columns) what columns add, less their running means
-    learnt:Sequence[npt.NDArray[np.float64]], # (…,) views of the learners
+    learnt:Sequence[npt.NDArray[np.float64]], # views of the learners: of level and slope (…,), of each column (…, columns), of all columns (…,)
     tolerance:float, # half width of the band
 )->npt.NDArray[np.float64]: # (…, bettors) log-odds to add to those of the model, in the order of _names
     "What each bettor believes."
     far = np.broadcast_to(tolerance + _FAR, (*away.shape, 3))
     thirds = np.stack([away < -spread / 2, np.abs(away) <= spread / 2, away > spread / 2], axis=-1) * (tolerance + 0.4)
     tilts = away[..., None] * np.array(list(_TILTS.values()))
-    halves = [view[..., None] * np.array([1.0, 0.5]) for view in learnt]
-    return np.concatenate([far, -far, tilts, thirds, -thirds, -parts, -2 * parts, *halves], axis=-1)
+    line, single, *whole = learnt
+    halves = [view[..., None] * np.array([1.0, 0.5]) for view in (line, *whole)]
+    return np.concatenate([far, -far, tilts, thirds, -thirds, -parts, -2 * parts, single, *halves], axis=-1)
 
 # %% ../nbs/10_anytime.ipynb #c86f62d5
 class _Course:
@@ -158,25 +159,25 @@ class _Course:
         if self.log_capital.shape[-1] != len(self.share):
             raise RiskError(f'The state of a test is of {self.log_capital.shape[-1]} bettors; this version has {len(self.share)}. Begin a new test.')
 
-# %% ../nbs/10_anytime.ipynb #31fde3ac
+# %% ../nbs/10_anytime.ipynb #60ad4762
 class CalibrationTest:
     "Do matured outcomes contradict predicted pds by more than a tolerance?"
 
     def __init__(
         self,
         alpha:float=0.01, # share of sound models that may ever be accused
-        tolerance:float=0.2, # log-odds by which a pd may be wrong
+        tolerance:float=0.15, # log-odds by which a pd may be wrong (0.15: 5% may be 4.3% to 5.8%)
         columns:Sequence[str]=(), # whose parts `add` is given
         shape:tuple[int, ...]=(), # many streams at once, for simulations
     ):
         if not 0 <= tolerance < _REACH:
-            raise RiskError(f'The tolerance is in log-odds (0.2: odds of 1.22 times): expected 0 to {_REACH:g}, got {tolerance}.')
+            raise RiskError(f'The tolerance is in log-odds (0.15: odds of 1.16 times): expected 0 to {_REACH:g}, got {tolerance}.')
         self.tolerance, self.columns, self.names = float(tolerance), tuple(columns), _names(columns)
         families = [f for f, _ in self.names]
         share = np.array([1 / families.count(f) for f in families]) / len(set(families))
         self.course = _Course(alpha, share, 500.0, shape)
         self.sums = np.zeros((*shape, len(self.columns) + 2))  # of log-odds, their squares, and parts
-        self.learners = [_Learner(np.array([0.5, 0.5]), 1000.0, shape)]
+        self.learners = [_Learner(np.array([0.5, 0.5]), 1000.0, shape), _Learner(np.array([0.5, 1.0]), 2000.0, (*shape, len(self.columns)))]
         if self.columns:
             self.learners.append(_Learner(np.r_[0.5, 0.5, np.ones(len(self.columns))], 3000.0, shape))
 
@@ -197,7 +198,7 @@ class CalibrationTest:
             _bet_on_calibration(self, log_odds, y, x)
         return float(np.exp(np.minimum(self.course.log_e, 700)).max())
 
-# %% ../nbs/10_anytime.ipynb #469e2bdf
+# %% ../nbs/10_anytime.ipynb #c1b9e359
 def _bet_on_calibration(test:CalibrationTest, log_odds:npt.NDArray[np.float64], bad:npt.NDArray[Any], parts:npt.NDArray[np.float64])->None:
     "One outcome: views are formed, bets settled, and only then is it learnt from."
     count = test.course.bets + 1
@@ -205,12 +206,13 @@ def _bet_on_calibration(test:CalibrationTest, log_odds:npt.NDArray[np.float64], 
     mean = test.sums / count
     away, spread = log_odds - mean[..., 0], np.sqrt(np.maximum(mean[..., 1] - mean[..., 0]**2, 0))
     parts = parts - mean[..., 2:]
-    line = np.stack([np.ones_like(away), away], axis=-1)
-    x = [line, np.concatenate([line, parts], axis=-1)][:len(test.learners)]
+    line, single = (np.stack([np.ones_like(v), v], axis=-1) for v in (away, parts))
+    x = [line, single, np.concatenate([line, parts], axis=-1)][:len(test.learners)]
     views = _views(away, spread, parts, [one.view(values) for one, values in zip(test.learners, x, strict=True)], test.tolerance)
     test.course.settle(log_bet(log_odds[..., None], views, bad[..., None], test.tolerance))
     for one, values in zip(test.learners, x, strict=True):
-        one.learn(values, log_odds, bad)
+        extra = (None,) * (values.ndim - 1 - log_odds.ndim)
+        one.learn(values, log_odds[(..., *extra)], bad[(..., *extra)])
 
 # %% ../nbs/10_anytime.ipynb #7d6ffb44
 _STAKES = np.array([0.1, 0.25, 0.5, 0.8])  # of the highest λ

@@ -151,17 +151,20 @@ def _on_values(effect:Effect, contract:Contract, strength:float, rng:np.random.G
     changed = {n: _changed(effect, contract.columns[n], today.frame[n], reached, strength, rng) for n in effect.columns}
     return today._replace(frame=today.frame | changed)
 
-# %% ../nbs/30_effects.ipynb #2f1d9efe
+# %% ../nbs/30_effects.ipynb #63b5567f
 def _systematic(weights:npt.NDArray[np.float64], start:float)->npt.NDArray[np.intp]:
     "How often each one is drawn, as many in all as there are weights; `start` is uniform in [0, 1)."
     count = len(weights)
     if not weights.any():
         return np.ones(count, dtype=np.intp)
-    edges = np.cumsum(weights / weights.max())
+    order = np.argsort(weights, kind='stable')
+    edges = np.cumsum(weights[order] / weights.max())
     edges *= count / edges[-1]
     steps = np.minimum(np.floor(np.r_[0.0, edges] + start), count)
     steps[-1] = count
-    return np.diff(steps).astype(np.intp)
+    counts = np.empty(count, dtype=np.intp)
+    counts[order] = np.diff(steps)
+    return counts
 
 # %% ../nbs/30_effects.ipynb #44cdec09
 def _taken(today:Day, rows:npt.NDArray[np.intp])->Day:

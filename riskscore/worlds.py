@@ -132,7 +132,7 @@ def learn_relations(
         return replace(effect, by=relation(world.contract.columns[name], frame[name], truth))
     return replace(world, effects=tuple(map(learnt, world.effects)))
 
-# %% ../nbs/31_worlds.ipynb #12344e82
+# %% ../nbs/31_worlds.ipynb #ddd0bf6e
 _KEYS = {'what': 'text', 'columns': 'a list [a, b]', 'amount': 'a number', 'level': 'a list [a, b]', 'copies': 'a whole number', 'pd': 'a number',
          'start': 'a whole number', 'ramp': 'a whole number', 'days': 'a whole number', 'share': 'a number', 'where': 'a mapping {key: value}',
          'hard': 'true or false, without quotes', 'note': 'text'}
@@ -144,7 +144,7 @@ _MOST = {'pd': 1, 'share': 1, 'copies': 1000, 'start': 100_000, 'ramp': 100_000}
 def _effect(where:str, content:Any, contract:Contract, problems:list[str])->Effect|None:
     "One effect of a file; what is wrong with it is added to `problems`."
     what = content.get('what') if isinstance(content, Mapping) else None
-    if not isinstance(content, Mapping) or what not in EFFECTS:
+    if not isinstance(content, Mapping) or not isinstance(what, str) or what not in EFFECTS:
         problems.append(f"{where}: expected what: one of {', '.join(EFFECTS)}; got {what!r}.{suggest(what, EFFECTS)}")
         return None
     given = {k: [v] if k in ('columns', 'level') and isinstance(v, (str, int)) else v for k, v in content.items()}
@@ -152,7 +152,7 @@ def _effect(where:str, content:Any, contract:Contract, problems:list[str])->Effe
     before = len(problems)
     known = _settings(where, given, _KEYS, problems)
     known |= {'columns': tuple(map(str, known.get('columns', ()))), 'level': tuple(map(str, known.get('level', ())))}
-    problems += _shape_problems(where, str(what), {k for k, v in (given | {'by': by}).items() if v is not None and k in (*_KEYS, 'by')}, known)
+    problems += _shape_problems(where, what, {k for k, v in (given | {'by': by}).items() if v not in (None, []) and k in (*_KEYS, 'by')}, known)
     columns = [c for name in known['columns'] if (c := _column(where, name, contract, EFFECTS[what].kinds, problems))]
     wanted = {str(n): _condition(where, str(n), v, contract, problems) for n, v in known.get('where', {}).items()}
     if by is not None and columns:
@@ -313,12 +313,14 @@ def parse_world(
         raise RiskError(f'{source} has {len(problems)} problem{"s" if len(problems) > 1 else ""}; correct and try again:', problems)
     return World(known.get('name', Path(source).stem), known['sentence'], contract, known.get('seed', 0), tuple(e for _, e in effects), expected)
 
-# %% ../nbs/31_worlds.ipynb #3eb9c115
+# %% ../nbs/31_worlds.ipynb #704669b3
 def _expected(content:Mapping[str, Any], effects:Sequence[Effect], problems:list[str])->Expected:
     "What should be done; what is wrong with it is added to `problems`."
     known = _settings('expected', content, {'action': 'text', 'from': 'a whole number', 'also': 'a list [a, b]'}, problems)
     action, start, also = known.get('action'), known.get('from'), tuple(map(str, known.get('also', ())))
-    for word in (action, *also):
+    if action is None:
+        problems.append('expected: say what should be done, such as {action: stop, from: 20}, or {action: nothing} where every alarm is a false one.')
+    for word in (*((action,) if action else ()), *also):
         if word not in ACTIONS:
             problems.append(f"expected: action '{word}' is not one of {', '.join(ACTIONS)}.{suggest(word, ACTIONS)}")
     first = min((e.start for e in effects), default=None)

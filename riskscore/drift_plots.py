@@ -57,8 +57,8 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #1eb66cf5
-_SHADES = {'chance': 0.08, 'low': 0.25, 'moderate': 0.5, 'high': 0.9}
+# %% ../nbs/42_drift_plots.ipynb #67d72516
+_SHADES = {'chance': 0.08, 'low': 0.22, 'moderate': 0.45, 'high': 0.72}  # marks are read on each, on paper and in the dark
 
 
 def evolution_figure(
@@ -84,7 +84,7 @@ def evolution_figure(
     axes.grid(visible=False)
     axes.set_ylim(-0.6, len(names) - 0.4)
     _window_ticks(axes, [str(window['window']) for window in windows])
-    add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=5, borderaxespad=0.2, handlelength=1, columnspacing=1)
+    add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=6, borderaxespad=0.2, handlelength=1, columnspacing=1)
     return figure
 
 # %% ../nbs/42_drift_plots.ipynb #3145cdab

@@ -124,13 +124,13 @@ def _readable(text:str)->str:
     plain = re.sub(r'\d[\d.]*e\+?\d+', lambda m: f'{float(m[0]):,.0f}', text)
     return re.sub(r'\d+\.\d{4,}(?![\d%])', lambda m: short_numbers(m[0]), plain)
 
-# %% ../nbs/46_drift_report.ipynb #c7c1fa50
+# %% ../nbs/46_drift_report.ipynb #e183b609
 def _moved_most(column:Mapping[str, Any])->str:
     "Why a column was judged so, without the figures that stand beside it."
-    _, _, moved = column['why'].partition(': ')
-    return _readable(moved if moved and column['why'].startswith('PSI') else column['why'])
+    head, _, told = column['why'].partition(': ')
+    return _readable(told[:1].upper() + told[1:] if told and head.startswith(('PSI', 'Broken')) else column['why'])
 
-# %% ../nbs/46_drift_report.ipynb #84b504a0
+# %% ../nbs/46_drift_report.ipynb #473627cc
 def column_table(
     findings:Mapping[str, Any], # of `compare_samples`
     most:int=40, # columns shown
@@ -146,10 +146,10 @@ def column_table(
     if not shown:
         return note
     table = {'Column': [c['column'] for c in shown], 'Verdict': [f'{_marked(column_light(c), _LIGHTS)}, {c["band"]}' for c in shown],
-             'PSI': [c['psi'] for c in shown], 'By chance up to': [c['psi_critical'] for c in shown], 'Beside the usual values': [_beside(c) for c in shown],
+             'PSI': [c['psi'] for c in shown], 'By chance up to': [c['psi_critical'] for c in shown], 'Missing, new, outside': [_beside(c) for c in shown],
              'Why': [_moved_most(c) for c in shown]}
-    words = ('A PSI is low below 0.10 and high above 0.25. Beside the usual values: missing, new or outside (beyond the middle 99.8% of the reference), '
-             'as shares of the applications in the reference → now.')
+    words = ('A PSI is low below 0.10 and high above 0.25. Missing, new (or rare), and outside (beyond the middle 99.8% of the '
+             'reference) are shares of the applications, in the reference → now.')
     shown_table = show_table(table, 'Worst first', formats={'PSI': '.3f', 'By chance up to': '.4f'}, limit=most).data
     return f'{note}<p>{words}</p><div class="rs-why">{_lit(shown_table)}</div>'
 
@@ -159,14 +159,20 @@ def _alt(name:str, shown:Mapping[str, Any])->str:
     moves = sorted(zip(shown['labels'], shown['reference'], shown['now'], strict=True), key=lambda row: -abs(row[2] - row[1]))[:3]
     return f'{name}, share of the applications in the reference and now: ' + '; '.join(f'{label}: {then:.1%}, {now:.1%}' for label, then, now in moves)
 
-# %% ../nbs/46_drift_report.ipynb #27a147e3
+# %% ../nbs/46_drift_report.ipynb #babae82c
+def _in_percent(text:str)->str:
+    "Probabilities of a text in percent."
+    return re.sub(r'\d\.\d+', lambda m: f'{float(m[0]):.1%}', text)
+
+# %% ../nbs/46_drift_report.ipynb #fc89a6db
 def _chart(shown:Mapping[str, Any], column:Mapping[str, Any])->str:
     "The chart of a column or of an answer, with why it was judged so."
     labels = [_readable(str(label)) for label in shown['labels']]
-    if column['column'] == 'pd':
-        labels = [re.sub(r'\d\.\d+', lambda m: f'{float(m[0]):.1%}', label) for label in labels]
+    why = _readable(column['why'])
+    if column['column'] == 'pd':  # probabilities, in what is quoted
+        labels, why = [_in_percent(label) for label in labels], re.sub("'[^']*'", lambda m: _in_percent(m[0]), why)
     shown = {**shown, 'labels': labels}
-    return show_figure(shares_figure(shown), _readable(column['why']), _alt(column['column'], shown)).data
+    return show_figure(shares_figure(shown), why, _alt(column['column'], shown)).data
 
 # %% ../nbs/46_drift_report.ipynb #31498d35
 def column_charts(
@@ -206,6 +212,15 @@ def window_section(
     shown = show_table(table, 'Window by window', formats={k: v for k, v in forms.items() if k in table}).data
     return ''.join(charts) + _lit(shown)
 
+# %% ../nbs/46_drift_report.ipynb #1960def3
+def _artefact(findings:Mapping[str, Any])->str:
+    "A warning above what a model says of broken columns; nothing where none is broken."
+    if not findings['broken']:
+        return ''
+    words = (f'Broken columns ({listing(findings["broken"], show=4)}) are in these figures: they show what the fault does to the model, '
+             'not what the applicants are like.')
+    return f'<div class="rs-headline warn"><p>▲ {escape(words)}</p></div>'
+
 # %% ../nbs/46_drift_report.ipynb #b20d85ca
 _MONEY: dict[str, tuple[str, str|None, str]] = {'log_odds': ('Mean log-odds of default', '.3f', '+.3f'), 'approval_rate': ('Approval rate', '.1%', '+.2%'),
           'expected_loss': ('Expected loss per application', None, '+,.4g')}
@@ -225,7 +240,7 @@ def _money_table(money:Mapping[str, Any])->tuple[dict[str, list[Any]], dict[str,
     loss = max(abs(part) for part in table['Expected loss per application'] if part is not None)
     return table, {words: form for words, _, form in _MONEY.values()} | ({'Expected loss per application': '+,.0f'} if loss >= 1000 else {})
 
-# %% ../nbs/46_drift_report.ipynb #1ff39ab2
+# %% ../nbs/46_drift_report.ipynb #d12b4ad3
 def money_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -236,20 +251,23 @@ def money_section(
     odds = money['log_odds']
     figures = {words: money[key] for key, (words, _, _) in _MONEY.items()}
     forms = {words: form for words, form, _ in _MONEY.values()}
-    notes = {w: f'{show_value(f["reference"], forms[w])} in the reference' for w, f in figures.items()}
+    units = {_MONEY['expected_loss'][0]: f'{money["currency"]} now; '}
+    notes = {w: f'{units.get(w, "")}{show_value(f["reference"], forms[w])} in the reference' for w, f in figures.items()}
     tiles = key_figures({w: f['now'] for w, f in figures.items()}, notes, {w: form for w, form in forms.items() if form}).data
     direction = 'riskier' if odds['change'] > 0 else 'safer'
     note = f'By the model the applications are {direction}: bars to the right make them riskier, to the left safer. The bars add up to the change.'
-    samples = (f'Computed from {money["rows"]["reference"]:,} applications of the reference and {money["rows"]["now"]:,} of now, '
-               'so shares may differ a little from those of all applications.')
+    sizes, rate = money['rows'], money['approval_rate']['reference']
+    chance = 2 * (rate * (1 - rate) * (1 / sizes['reference'] + 1 / sizes['now'])) ** 0.5
+    samples = (f'Computed from {sizes["reference"]:,} applications of the reference and {sizes["now"]:,} of now; between two such samples chance alone moves '
+               f'the approval rate by up to {100 * chance:.1f} points.')
     loss = money['expected_loss']['change'] * findings['rows']
     more = f'{show_money(abs(loss), money["currency"])} {"higher" if loss > 0 else "lower"}'
     words = f'For all {findings["rows"]:,} applications together the expected loss is {more} than it was.'
     table, formats = _money_table(money)
-    return (f'{tiles}<p>{escape(words)} {escape(samples)} {escape(money["note"])}</p>{show_figure(parts_figure(odds["parts"]), note).data}'
+    return (f'{_artefact(findings)}{tiles}<p>{escape(words)} {escape(samples)} {escape(money["note"])}</p>{show_figure(parts_figure(odds["parts"]), note).data}'
             f'{show_table(table, "Who brought the change about: each column of figures adds up to its last row", formats=formats).data}')
 
-# %% ../nbs/46_drift_report.ipynb #f834df02
+# %% ../nbs/46_drift_report.ipynb #3d47de57
 def answer_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -264,7 +282,7 @@ def answer_section(
     if approval:
         chance = '' if approval['p'] is None else f'; chance alone makes such a difference with a probability of {_figure(approval["p"])}'
         text = f'<p>{approval["reference"]:.1%} of the reference were approved, and {approval["now"]:.1%} are now{escape(chance)}.</p>'
-    return f'{text}<div class="rs-grid">{"".join(cells)}</div>'
+    return f'{_artefact(findings)}{text}<div class="rs-grid">{"".join(cells)}</div>'
 
 # %% ../nbs/46_drift_report.ipynb #b674cbf2
 def segment_section(
@@ -317,7 +335,7 @@ def advice_section(
              'What to do': [do for _, do in _TO_DO.values()]}
     return f'<p><strong>{escape(advice["words"])}</strong></p><ol>{steps}</ol>{_lit(show_table(table, "The lights of a column").data)}'
 
-# %% ../nbs/46_drift_report.ipynb #63418074
+# %% ../nbs/46_drift_report.ipynb #d6c4ed76
 def figures_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -326,7 +344,7 @@ def figures_section(
     heads = {'PSI': 'psi', 'PSI by chance': 'psi_critical', 'p': 'p', 'p of all': 'p_adjusted', 'Gap': 'ks', 'Gap by chance': 'ks_critical', 'JS': 'js',
              'JS by chance': 'js_critical'}
     table = {'Column': [c['column'] for c in columns], 'Verdict': [_marked(column_light(c), _LIGHTS) for c in columns],
-             **{head: [c.get(key) for c in columns] for head, key in heads.items()}, 'Beside the usual values': [_beside(c) for c in columns]}
+             **{head: [c.get(key) for c in columns] for head, key in heads.items()}, 'Missing, new, outside': [_beside(c) for c in columns]}
     words = ('By chance: what chance alone exceeds once in 100 times. p: the probability that chance alone makes such a PSI; of all: all columns counted '
              '(Benjamini-Hochberg). Gap: the widest gap between the two distributions (Kolmogorov-Smirnov). JS: Jensen-Shannon divergence, about an eighth '
              'of the PSI.')

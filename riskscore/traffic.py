@@ -66,14 +66,16 @@ def bodies(
     for values in zip(*(_spoken(c, frame[c.name]) for c in columns), strict=True):
         yield encode({name: value for name, value in zip(names, values, strict=True) if value is not None})
 
-# %% ../nbs/32_traffic.ipynb #b9bfef62
+# %% ../nbs/32_traffic.ipynb #ce7327a1
 def _spoken(column:Column, values:npt.NDArray[Any])->list[Any]:
     "The values of a column as JSON holds them."
     found = values.tolist()
     if values.dtype.kind == 'M':
         return [None if v is None else v.isoformat() for v in values.astype('datetime64[us]').tolist()]
+    if values.dtype.kind == 'f' and np.isinf(values).any():
+        raise RiskError(f'Column {column.name} holds infinity, which JSON cannot say. Give a finite number, or null.')
     if values.dtype.kind == 'f' and column.kind == 'flag':
-        return [None if v != v else column.levels[int(v)] for v in found]
+        return [None if v != v else column.levels[int(v)] if v in (0.0, 1.0) and column.levels else v for v in found]
     if values.dtype.kind == 'f':
         return [None if v != v else int(v) if v.is_integer() else v for v in found]
     return [None if v != v else v for v in found]
@@ -360,13 +362,13 @@ def _percentiles(seconds:Sequence[float])->dict[str, float]|None:
     found = np.percentile(seconds, (50, 95, 99, 100)) * 1000
     return dict(zip(('p50', 'p95', 'p99', 'max'), found.round(3).tolist(), strict=True))
 
-# %% ../nbs/32_traffic.ipynb #d70bd606
+# %% ../nbs/32_traffic.ipynb #d7e4e85d
 class Outcome(NamedTuple):
     "What became of a decision."
 
     request_id: str # as the answer gave it
     bad: int # 1: default, 0: paid
-    observed_at: str # a date or time, not in the service's future
+    observed_at: str # a date or time from that of the decision to the service's today
 
 # %% ../nbs/32_traffic.ipynb #df841785
 async def send_outcomes(

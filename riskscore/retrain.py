@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows', 'latest_applications', 'history_blocks',
-           'recent_from_file', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory', 'Challenger', 'train_challenger',
-           'recalibrate']
+           'recent_from_file', 'recent_from_table', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory', 'Challenger',
+           'train_challenger', 'recalibrate']
 
-# %% ../nbs/33_retrain.ipynb #82d066b6
+# %% ../nbs/33_retrain.ipynb #b4bca22a
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -26,7 +26,7 @@ from .calibration import Calibration, fit_calibration, logistic_fit
 from .candidates import family
 from .contract import Contract, _null_value
 from .core import Frame, RiskError, canonical_json, digest_bytes, frame_rows
-from .datasets import open_table, read_frames, read_table, table_schema
+from .datasets import open_table, read_columns, read_frames, read_table, table_schema
 from .decisions import REVIEWS
 from .fast import Reader, Refused
 from .features import FeaturePlan, fit_plan
@@ -185,7 +185,7 @@ def history_blocks(
 
     return blocks
 
-# %% ../nbs/33_retrain.ipynb #cdb8c80d
+# %% ../nbs/33_retrain.ipynb #5841bdcd
 def recent_from_file(
     path:str|Path, # applications with their outcomes
     contract:Contract, # of the model
@@ -195,12 +195,26 @@ def recent_from_file(
     if not batches or any(target not in batch.raw.schema.names for batch in batches):
         raise RiskError(f'{path} has no column {target}: expected applications with their outcomes.')
     names = [c.name for c in contract.columns.values()]
-    frame = {name: np.concatenate([batch.frame[name][~batch.bad_rows] for batch in batches]) for name in names}
-    refused = sum(int(batch.bad_rows.sum()) for batch in batches)
+    frame = {name: np.concatenate([batch.frame[name] for batch in batches]) for name in names}
+    return _ordered(contract, frame, ~np.concatenate([batch.bad_rows for batch in batches]))
+
+# %% ../nbs/33_retrain.ipynb #6f0e8761
+def _ordered(contract:Contract, frame:Frame, kept:npt.NDArray[np.bool_])->Recent:
+    "Rows that are kept, in order of time."
     when = frame[contract.time.name] if contract.time else np.arange(frame_rows(frame), dtype=np.float64)
-    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {}, contract.time is not None)
-    left_out = {'does not fit the contract, or has no outcome': refused} if refused else {}
-    return replace(found.part(np.argsort(found.when, kind='stable')), left_out=left_out)
+    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {}, contract.time is not None).part(kept)
+    refused = int((~kept).sum())
+    return replace(found.part(np.argsort(found.when, kind='stable')), left_out={'does not fit the contract, or has no outcome': refused} if refused else {})
+
+# %% ../nbs/33_retrain.ipynb #ca41b535
+def recent_from_table(
+    path:str|Path, # a typed table of the pipeline, such as the future
+    contract:Contract, # of the model
+)->Recent: # in order of time where the contract has a time column, else of the table
+    "Applications of a typed table with an outcome."
+    names, target = [c.name for c in contract.columns.values()], _target(contract)
+    frame = read_columns(path, contract, names)
+    return _ordered(contract, frame, np.isfinite(frame[target]))
 
 # %% ../nbs/33_retrain.ipynb #24a58c41
 def hold_back(

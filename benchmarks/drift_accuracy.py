@@ -2,8 +2,8 @@
 
 Run: RISKSCORE_DATA=../shared/data python benchmarks/drift_accuracy.py [--reps 4000] [--peers FOLDER]
 
---reps repetitions for each of three sources (about 6 ms each, 30 ms for the 116 columns of Home Credit); --peers FOLDER makes an environment there (2.4 GB)
-when there is none and runs the other tools in it, on a few windows of each kind, as one takes them seconds. Without RISKSCORE_DATA there is only the synthetic source.
+--reps repetitions for each of three sources (about 6 ms each, 30 ms for the 116 columns of Home Credit). --peers FOLDER makes an environment there (2.4 GB),
+when there is none, and runs the other tools in it, on a few windows of each kind, as one takes them seconds. Without RISKSCORE_DATA only one source is there.
 
 No drift: rows are shuffled, so that reference and window are samples of one population; both are drawn anew in each repetition. A column is alarmed when its
 p-value is below 1%, before any correction for the number of columns. In brackets is the one-sided 95% Clopper-Pearson bound of the rate.
@@ -59,7 +59,8 @@ class Synthetic:
     shapes = {
         'normal': lambda n, rng: rng.normal(size=n), 'heavy tail': lambda n, rng: rng.lognormal(0, 2.5, n), 'student 2': lambda n, rng: rng.standard_t(2, n),
         'amount, rounded': lambda n, rng: np.round(rng.lognormal(9, 1, n), -3), 'mostly zero': lambda n, rng: rng.exponential(size=n) * (rng.random(n) < 0.2),
-        'half null': lambda n, rng: np.where(rng.random(n) < 0.5, np.nan, rng.normal(size=n)), 'uniform': lambda n, rng: rng.random(n), 'poisson': lambda n, rng: rng.poisson(7, n) * 1.0,
+        'half null': lambda n, rng: np.where(rng.random(n) < 0.5, np.nan, rng.normal(size=n)), 'uniform': lambda n, rng: rng.random(n),
+        'poisson': lambda n, rng: rng.poisson(7, n) * 1.0,
         'eight values': lambda n, rng: rng.choice(8, n, p=[.55, .25, .1, .05, .03, .012, .006, .002]).astype(float),
         'flag 7.5%': lambda n, rng: (rng.random(n) < 0.075) * 1.0, 'flag 0.1%': lambda n, rng: (rng.random(n) < 0.001) * 1.0,
         '58 levels': lambda n, rng: _levels(58, n, rng), '300 levels': lambda n, rng: _levels(300, n, rng),

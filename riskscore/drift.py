@@ -63,7 +63,7 @@ def count_frame(
         raise RiskError(f'The columns of a table have one length; here they have {sorted(sizes)} rows.')
     return Counts(reference, max(sizes, default=0), np.concatenate(found))
 
-# %% ../nbs/12_drift.ipynb #8f91eb8b
+# %% ../nbs/12_drift.ipynb #202e1e48
 def count_records(
     reference:DriftReference, # which cells
     records:Sequence[Mapping[str, Any]], # typed applications, at least the watched columns of each
@@ -83,25 +83,34 @@ def count_records(
             found[i] = np.searchsorted(parts[i].edges, values)
         found[plan.numbers] += np.isnan(table)  # found in the last bin, and the next cell is that of null
     for i in plan.texts:
-        code, other, name = parts[i].codes.get, len(parts[i].levels), parts[i].name
-        found[i] = [code(record[name], other) for record in records]
+        code, other = parts[i].codes.get, len(parts[i].levels)
+        found[i] = [code(value, other) for value in _field(records, parts[i].name)]
     answers = {'pd': np.asarray(pd, dtype=float), 'decision': np.asarray(decision, dtype=object)}
     for i, (name, answer) in enumerate(reference.answers.items(), start=len(reference.columns)):
         found[i] = cells_of(answer, answers[name])
     return Counts(reference, len(records), np.bincount((found + reference.starts[:-1, None]).ravel(), minlength=len(reference.flat)))
 
-# %% ../nbs/12_drift.ipynb #537ebf1f
+# %% ../nbs/12_drift.ipynb #55351a35
 def _numbers(records:Sequence[Mapping[str, Any]], names:Sequence[str])->npt.NDArray[np.float64]:
     "(names, rows) values of single applications; None is NaN."
     fields = itemgetter(*names, names[0])  # one more, as a single name would give no tuple
-    values = chain.from_iterable(map(fields, records))
     size = len(records) * (len(names) + 1)
     try:
-        table = np.fromiter(values, dtype=np.float64, count=size)
+        table = np.fromiter(chain.from_iterable(map(fields, records)), dtype=np.float64, count=size)
+    except KeyError as error:
+        raise RiskError(f'An application lacks the column {error}, which the reference watches.') from error
     except TypeError:
         values = chain.from_iterable(map(fields, records))
         table = np.fromiter((np.nan if v is None else v for v in values), dtype=np.float64, count=size)
     return np.ascontiguousarray(table.reshape(len(records), -1).T[:-1])
+
+# %% ../nbs/12_drift.ipynb #7a8521fc
+def _field(records:Sequence[Mapping[str, Any]], name:str)->list[Any]:
+    "(records,) values of one field."
+    try:
+        return [record[name] for record in records]
+    except KeyError as error:
+        raise RiskError(f'An application lacks the column {error}, which the reference watches.') from error
 
 # %% ../nbs/12_drift.ipynb #761d3a5b
 class _Plan(NamedTuple):
@@ -140,7 +149,7 @@ def _packed(counts:Counts)->bytes:
     head = _HEAD.pack(bytes.fromhex(counts.reference.digest), counts.rows, len(used), *widths)
     return head + b''.join(a.astype(f'<u{w}').tobytes() for a, w in zip(arrays, widths, strict=True))
 
-# %% ../nbs/12_drift.ipynb #be177e51
+# %% ../nbs/12_drift.ipynb #14a2087d
 def counts_from_bytes(
     reference:DriftReference, # the one that the window was counted with
     data:bytes, # what `to_bytes` gave
@@ -151,7 +160,7 @@ def counts_from_bytes(
         raise RiskError(f'These counts do not belong to the reference {reference.digest}. Judge them with the bundle that counted them.')
     _, rows, used, step, width = _HEAD.unpack_from(data)
     middle = _HEAD.size + used * step
-    if not {step, width} <= {1, 2, 4, 8} or used > len(reference.flat) or len(data) != middle + used * width or rows >= 2**62:
+    if not {step, width} <= {1, 2, 4, 8} or used > len(reference.flat) or len(data) != middle + used * width or rows > 2**53:
         raise RiskError('The counts of a window are cut off or changed. Count the window again from the log.')
     steps = np.frombuffer(data[_HEAD.size:middle], f'<u{step}').astype(np.float64)  # which cannot wrap around
     cells, held = np.cumsum(steps) - 1, np.frombuffer(data[middle:], f'<u{width}').astype(np.float64)
@@ -294,13 +303,14 @@ def _rises(reference:DriftReference, flat:npt.NDArray[np.int64], rows:npt.NDArra
         found[i] = np.stack([share, now, z], axis=1)
     return found
 
-# %% ../nbs/12_drift.ipynb #9f024d3e
+# %% ../nbs/12_drift.ipynb #1de7d205
 def judge_drift(
     reference:DriftReference, # what history looked like
     counts:Counts, # of a window
     rule:DriftRule=DriftRule(), # when a difference counts
 )->dict[str, Any]: # plain JSON types
     "The verdict on a window."
+    _same(reference, counts)
     entries, watched = _entries(reference, counts, rule), len(reference.columns)
     columns, answers = entries[:watched], entries[watched:]
     broken = [e['column'] for e in columns if e['broken']]
@@ -315,6 +325,12 @@ def judge_drift(
         'stop_share': len(broken) / max(watched, 1), 'stop': bool(stopping and counts.rows >= rule.stop_rows and rule.stop_on != 'never'),
     }
     return verdict | {'words': _words(verdict, rule)}
+
+# %% ../nbs/12_drift.ipynb #11782573
+def _same(reference:DriftReference, counts:Counts)->None:
+    "Counts mean something only with the reference that they were counted with."
+    if counts.reference is not reference and counts.reference.digest != reference.digest:
+        raise RiskError(f'The window was counted with the reference {counts.reference.digest}, not with {reference.digest}. Count it again from the log.')
 
 # %% ../nbs/12_drift.ipynb #465c7b10
 _ORDER = ('material', 'immaterial', 'noise', 'too few rows')
@@ -420,13 +436,14 @@ def _labels(part:ColumnReference)->list[str]:
     named = part.bins[1:-2:2] if part.form == 'values' else part.bins[:-2]
     return [*(name for name, bin in zip(names, named, strict=True) if bin != other), 'rare or unseen', 'missing']
 
-# %% ../nbs/12_drift.ipynb #9bc1ef53
+# %% ../nbs/12_drift.ipynb #3864ad78
 def histogram(
     reference:DriftReference, # what history looked like
     counts:Counts, # of a window
     column:str, # a watched column, or pd or decision
 )->dict[str, Any]: # labels of the bins, their shares in history and now; the last is missing
     "The bins of one column, for a chart."
+    _same(reference, counts)
     names = [*reference.places, *(n for n in reference.answer_places if n not in reference.places)]
     if column not in names:
         raise RiskError(f'{column} is not watched.{suggest(column, names)}')

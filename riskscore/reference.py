@@ -318,7 +318,7 @@ def reference_from_bytes(
     except (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError, struct.error) as error:
         raise RiskError(f'This is no drift reference, or a part of it is missing: {error}. Train the bundle again.') from error
 
-# %% ../nbs/11_reference.ipynb #9a168a86
+# %% ../nbs/11_reference.ipynb #61c73b86
 def _read(data:bytes)->DriftReference:
     "Reads a reference; anything may be raised for what is none."
     if not data.startswith(_MAGIC):
@@ -335,10 +335,19 @@ def _read(data:bytes)->DriftReference:
         raise ValueError(f'{len(data):,} bytes instead of {middle + 4 * sum(cells):,}')
     numbers = np.split(np.frombuffer(data[end:middle], '<f8').astype(np.float64), np.cumsum(points)[:-1])
     counts = np.split(np.frombuffer(data[middle:], '<u4').astype(np.int64), np.cumsum(cells)[:-1])
-    rows = _whole(header['rows'], _LARGEST)
+    if not (rows := _whole(header['rows'], _LARGEST)):
+        raise ValueError('it holds no row')
     parts = [_part(*given, rows) for given in zip(entries, numbers, counts, strict=True)]
     first = len(header['columns'])
-    return DriftReference(rows, _by_name(parts[:first]), _by_name(parts[first:]))
+    return _answered(DriftReference(rows, _by_name(parts[:first]), _by_name(parts[first:])))
+
+# %% ../nbs/11_reference.ipynb #2fd0b924
+def _answered(reference:DriftReference)->DriftReference:
+    "The reference, if its answers are those that are counted."
+    for name, answer in reference.answers.items():
+        if name not in ('pd', 'decision') or (answer.form == 'levels') != (name == 'decision') or (name == 'decision' and DECISIONS[0] not in answer.levels):
+            raise ValueError(f'{name[:40]} is no answer')
+    return reference
 
 # %% ../nbs/11_reference.ipynb #406f2b92
 def _whole(value:Any, most:int)->int:
@@ -362,13 +371,13 @@ def _by_name(parts:Iterable[ColumnReference])->dict[str, ColumnReference]:
         found[part.name] = part
     return found
 
-# %% ../nbs/11_reference.ipynb #cae41cfa
+# %% ../nbs/11_reference.ipynb #c0edf690
 def _part(entry:Mapping[str, Any], points:npt.NDArray[np.float64], counts:npt.NDArray[np.int64], rows:int)->ColumnReference:
     "One column, if it is possible."
     cells, texts, effects = len(counts), [entry['name'], entry['kind'], entry['form'], *entry['levels']], entry['effects']
     inside, tops = [[_whole(i, cells) for i in entry[key]] for key in ('inside', 'tops')]
     wrong = [
-        not all(isinstance(t, str) for t in texts) or len(set(entry['levels'])) < len(entry['levels']),
+        not isinstance(entry['levels'], list) or not all(isinstance(t, str) for t in texts) or len(set(entry['levels'])) < len(entry['levels']),
         not np.isfinite(points).all() or (np.diff(points) <= 0).any() or int(counts.sum()) != rows,
         len(inside) != 2 or inside[0] > inside[1] or any(a >= b for a, b in zip(tops, tops[1:], strict=False)),
         len(effects) != 2 or (effects != [None, None] and not all(isinstance(e, float) and 1 <= e < 1e9 for e in effects)),

@@ -6,7 +6,7 @@
 __all__ = ['Sample', 'read_sample', 'table_sample', 'time_windows', 'fit_sample', 'advise', 'findings_of', 'compare_samples',
            'compare_log']
 
-# %% ../nbs/45_drift_findings.ipynb #252d54f8
+# %% ../nbs/45_drift_findings.ipynb #fa472ccb
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -16,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .bundle import Scorer
+from .causes import cause_of
 from .contract import Contract
 from .core import Frame, RiskError, frame_rows, listing, suggest
 from .datasets import Batch, Join, read_columns, read_frames
@@ -212,10 +213,10 @@ def _largest(place:npt.NDArray[np.intp], count:int)->list[int]:
     sizes = np.bincount(place, minlength=count)
     return sorted(np.argsort(-sizes, kind='stable')[:_MOST_SEGMENTS].tolist())
 
-# %% ../nbs/45_drift_findings.ipynb #e848af0a
+# %% ../nbs/45_drift_findings.ipynb #4aae96dd
 def advise(
     verdict:Mapping[str, Any], # of `judge_drift`
-)->dict[str, Any]: # action: wait, stop, ask, review, look or nothing; words; steps, in order
+)->dict[str, Any]: # action: wait, stop, ask, review, look or nothing; words; steps, in order; cause, as `cause_of` names it
     "What follows from a verdict."
     broken, moved = list(verdict['broken']), [c['column'] for c in verdict['columns'] if c['verdict'] == 'material' and not c['broken']]
     told = {'broken': listing(broken, show=6), 'moved': listing(moved, show=6)}
@@ -230,18 +231,19 @@ def advise(
     else:
         action = 'wait' if verdict['drift_share'] is None else 'nothing'
     words, *steps = (text.format(**told) for text in _ADVICE[action])
-    return {'action': action, 'words': words, 'steps': steps}
+    cause = cause_of(verdict)
+    return {'action': action, 'words': words, 'steps': [*cause.ask[:_ASKED], *steps], 'cause': cause.kind}
 
-# %% ../nbs/45_drift_findings.ipynb #8cc23fa5
+# %% ../nbs/45_drift_findings.ipynb #0518a24b
+_ASKED = 6  # columns asked about one by one
 _ADVICE = {
     'stop': ('Stop automatic decisions until the feed is repaired.',
-             'Ask the owner of the feed what changed in {broken}; show the charts.',
+             'Show the owner of the feed the charts of {broken}.',
              'Keep the stop, or set it: applications are stored as referred, and people decide them.',
              'Do not retrain and do not recalibrate on these applications: a model would learn the fault.',
              'When the feed is repaired, resume with a reason, and score again what came in between.'),
     'ask': ('Ask the owner of the feed today; scoring goes on.',
-            'Ask what changed in {broken}; show the charts.',
-            'Do not retrain on these applications before the answer is known.',
+            'Do not retrain on these applications before the answer is known; `riskscore retrain` refuses to.',
             'If more columns break, or more applications confirm it, scoring stops by itself.'),
     'review': ('These are other applicants than those the model learnt from: find out whether it still fits them.',
                'Look at the columns that moved most ({moved}): a new product, channel or campaign usually explains several at once.',

@@ -57,7 +57,7 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #67d72516
+# %% ../nbs/42_drift_plots.ipynb #8b415be4
 _SHADES = {'chance': 0.08, 'low': 0.22, 'moderate': 0.45, 'high': 0.72}  # marks are read on each, on paper and in the dark
 
 
@@ -71,7 +71,7 @@ def evolution_figure(
     if not peaks:
         raise RiskError('There is nothing to draw: no window has enough applications.')
     names = sorted(peaks, key=lambda name: (peaks[name], name))[-most:]
-    figure, axes = new_axes('Window', '', (6.6, 1.0))
+    figure, axes = new_axes('Window', '', (5.8, 1.0))
     name_rows(axes, names, height=0.21)
     for band, shade in _SHADES.items():
         cells = [(i, row) for i, window in enumerate(found) for row, name in enumerate(names) if name in window and _shade(window[name]) == band]
@@ -97,14 +97,14 @@ def _shade(cell:Mapping[str, Any])->str:
     "How dark a cell is: by its band, where it has moved beyond chance or is broken."
     return 'chance' if cell['verdict'] == 'noise' and not cell.get('broken') else str(cell['band'])
 
-# %% ../nbs/42_drift_plots.ipynb #d39c7e68
+# %% ../nbs/42_drift_plots.ipynb #ae068393
 def _window_ticks(axes:Axes, names:Sequence[str])->None:
     "Names of windows below; not all of them when there are many."
-    every = -(-len(names) // max(2, 72 // max(map(len, names))))
+    every = -(-len(names) // max(2, 60 // max(map(len, names))))
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names))[::every], names[::every])
 
-# %% ../nbs/42_drift_plots.ipynb #31d2bc49
+# %% ../nbs/42_drift_plots.ipynb #26b07ecb
 _MARKS = {'calm': ('o', 'good'), 'flag': ('s', 'refer'), 'stop': ('X', 'bad')}
 
 
@@ -113,7 +113,7 @@ def drift_share_figure(
     line:float=0.15, # share that raises the flag
 )->Figure:
     "Share of columns with material drift in each window."
-    figure, axes = new_axes('Window', 'Columns with material drift (%)', (6.6, 2.5))
+    figure, axes = new_axes('Window', 'Columns with material drift (%)', (5.6, 2.5))
     shares = np.array([np.nan if window['drift_share'] is None else window['drift_share'] for window in windows])
     axes.plot(range(len(shares)), shares, color=COLOURS['muted'], linewidth=1.2, clip_on=False)
     states = np.array(['stop' if window['stop'] else 'flag' if window['flag'] else 'calm' for window in windows])

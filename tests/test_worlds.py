@@ -118,6 +118,8 @@ def test_a_day_is_the_same_in_any_order_and_another_with_another_seed(worlds, ba
     drawn = name not in ('nothing', 'inflation', 'dead_bureau_feed', 'unit_change', 'black_swan')  # these change everybody alike
     other = bytes_of(replace(world, seed=99).apply(day, bank.frame, bank.truth))
     assert (other != first) == drawn
+    if drawn:
+        assert bytes_of(world.apply(day - 1, bank.frame, bank.truth)) != first
 
 
 @pytest.mark.parametrize('name', WORLDS)
@@ -245,12 +247,19 @@ def test_the_declared_flip_is_that_of_the_generator(worlds, bank):
 
 # ---------------------------------------------------------------- outcomes and the truth
 
-def test_outcomes_move_with_the_truth_and_no_more_than_needed(worlds, bank):
-    out = worlds['recession'].apply(LATE, bank.frame, bank.truth)
-    before, after = bank.frame['TARGET'], out.frame['TARGET']
-    assert (after >= before).all()  # odds that rise make nobody good
-    share, error = out.truth.mean(), 4 * (out.truth * (1 - out.truth)).sum() ** 0.5 / ROWS
-    assert after.mean() == pytest.approx(share, abs=error) and before.mean() < share - error
+@pytest.mark.parametrize('amount', [0.4, 2.5])
+def test_outcomes_move_with_the_truth_and_no_more_than_needed(contract, amount):
+    rng = np.random.default_rng(6)
+    truth = np.repeat([0.02, 0.1, 0.5, 0.9], 10_000)
+    label = (rng.random(len(truth)) < truth).astype(float)
+    label[::10] = np.nan  # not known yet
+    out = World('w', '', contract, 0, (Effect('odds', amount=amount),)).apply(0, {'TARGET': label}, truth)
+    after, known = out.frame['TARGET'], ~np.isnan(label)
+    assert same(np.isnan(after), ~known)
+    assert (after >= label)[known].all() if amount > 1 else (after <= label)[known].all()  # odds that rise make nobody good
+    np.testing.assert_allclose(out.truth, amount * truth / (1 - truth + amount * truth))
+    for pd in np.unique(out.truth):
+        assert after[known & (out.truth == pd)].mean() == pytest.approx(pd, abs=4 * (pd * (1 - pd) / 9_000) ** 0.5)
 
 
 def test_on_real_data_thinning_multiplies_the_odds_of_every_kind_of_applicant(worlds, bank):

@@ -275,10 +275,10 @@ def _share_effects(reference:DriftReference)->npt.NDArray[np.float64]:
     "(parts,) design effect of a single share."
     return np.array([max(part.effect or 1.0, part.share_effect or 1.0) for part in reference.parts])
 
-# %% ../nbs/12_drift.ipynb #ddf52458
+# %% ../nbs/12_drift.ipynb #659df212
 def _combined(p:npt.NDArray[np.float64], other:npt.NDArray[np.float64])->npt.NDArray[np.float64]:
     "One p-value of two; the first alone where the other is NaN."
-    one, two = (np.tan((0.5 - np.clip(a, 1e-15, 1 - 1e-9)) * np.pi) for a in (p, np.where(np.isnan(other), p, other)))
+    one, two = (np.tan((0.5 - np.clip(a, 1e-15, 0.5)) * np.pi) for a in (p, np.where(np.isnan(other), p, other)))
     return np.where(np.isnan(other), p, 0.5 - np.arctan((one + two) / 2) / np.pi)
 
 # %% ../nbs/12_drift.ipynb #954b72b1

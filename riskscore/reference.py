@@ -200,7 +200,7 @@ def _between(ordered:npt.NDArray[np.float64], edges:npt.NDArray[np.float64], row
     ends = np.searchsorted(ordered, edges, side='right')
     return np.diff(ends, prepend=0, append=[len(ordered), rows]).astype(np.int64)
 
-# %% ../nbs/11_reference.ipynb #4baf84b2
+# %% ../nbs/11_reference.ipynb #3d7fd74b
 def _fit_number(column:Column, values:npt.NDArray[np.float64])->ColumnReference:
     "A cell for each value where there are few and they repeat; else a grid."
     ordered = np.sort(values[~np.isnan(values)]) + 0.0  # which makes 0.0 of -0.0
@@ -209,7 +209,7 @@ def _fit_number(column:Column, values:npt.NDArray[np.float64])->ColumnReference:
     if not flag and (len(last) > MOST_VALUES or len(ordered) < 10 * len(last)):
         return _fit_grid(column, ordered, len(values))
     points = np.array([0.0, 1.0]) if flag else ordered[last]
-    low, high = np.searchsorted(points, _ranked(ordered, [1, 999], 1000)) if len(ordered) else (0, len(points) - 1)
+    low, high = np.searchsorted(points, _ranked(ordered, [1, 999], 1000)) if len(ordered) else (0, max(len(points) - 1, 0))
     empty = ColumnReference(column.name, column.kind, 'values', np.zeros(0, dtype=np.int64), points)
     return replace(empty, counts=_between(ordered, empty.edges, len(values)), levels=column.levels if flag else (),
                    inside=(2 * int(low) + 1, 2 * int(high) + 2), once=0 if flag else int((np.diff(last, prepend=-1) == 1).sum()))

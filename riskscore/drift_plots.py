@@ -57,20 +57,22 @@ def shares_figure(
     add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=2, borderaxespad=0.2, handlelength=1.2)
     return figure
 
-# %% ../nbs/42_drift_plots.ipynb #8b415be4
+# %% ../nbs/42_drift_plots.ipynb #33c19a57
 _SHADES = {'chance': 0.08, 'low': 0.22, 'moderate': 0.45, 'high': 0.72}  # marks are read on each, on paper and in the dark
 
 
 def evolution_figure(
     windows:Sequence[Mapping[str, Any]], # in order: window (its name), and columns: name -> psi, band, verdict and broken
-    most:int=15, # columns with the highest PSI in any window
+    most:int=15, # columns with the highest PSI in any window; those that never moved beyond chance only where none did
 )->Figure:
     "Bands of PSI of each column in each window."
     found = [{name: cell for name, cell in window['columns'].items() if cell['verdict'] != 'too few rows'} for window in windows]
-    peaks = {name: max(cells[name]['psi'] for cells in found if name in cells) for name in {name: 0 for cells in found for name in cells}}
-    if not peaks:
+    if not any(found):
         raise RiskError('There is nothing to draw: no window has enough applications.')
-    names = sorted(peaks, key=lambda name: (peaks[name], name))[-most:]
+    peaks: dict[str, float] = {}
+    for name, cell in ((name, cell) for cells in found for name, cell in cells.items() if _shade(cell) != 'chance'):
+        peaks[name] = max(peaks.get(name, 0.0), cell['psi'])
+    names = sorted(peaks or {name: 0 for cells in found for name in cells}, key=lambda name: (peaks.get(name, 0), name))[-most:]
     figure, axes = new_axes('Window', '', (5.8, 1.0))
     name_rows(axes, names, height=0.21)
     for band, shade in _SHADES.items():
@@ -83,8 +85,8 @@ def evolution_figure(
             axes.plot([i for i, _ in cells], [row for _, row in cells], marker, color=COLOURS['ink'], markersize=3.5 if state == 'material' else 6, label=state)
     axes.grid(visible=False)
     axes.set_ylim(-0.6, len(names) - 0.4)
-    _window_ticks(axes, [str(window['window']) for window in windows])
-    add_legend(axes, loc='lower center', bbox_to_anchor=(0.5, 1), ncols=6, borderaxespad=0.2, handlelength=1, columnspacing=1)
+    _window_ticks(axes, [str(window['window']) for window in windows], 45)
+    add_legend(axes, loc='lower right', bbox_to_anchor=(1, 1), ncols=6, borderaxespad=0.2, handlelength=1, columnspacing=1)
     return figure
 
 # %% ../nbs/42_drift_plots.ipynb #3145cdab
@@ -97,14 +99,14 @@ def _shade(cell:Mapping[str, Any])->str:
     "How dark a cell is: by its band, where it has moved beyond chance or is broken."
     return 'chance' if cell['verdict'] == 'noise' and not cell.get('broken') else str(cell['band'])
 
-# %% ../nbs/42_drift_plots.ipynb #ae068393
-def _window_ticks(axes:Axes, names:Sequence[str])->None:
-    "Names of windows below; not all of them when there are many."
-    every = -(-len(names) // max(2, 60 // max(map(len, names))))
+# %% ../nbs/42_drift_plots.ipynb #e67c51e4
+def _window_ticks(axes:Axes, names:Sequence[str], room:int)->None:
+    "Names of windows below, as many as so many characters hold."
+    every = -(-len(names) // max(1, room // (max(map(len, names)) + 2)))
     axes.set_xlim(-0.6, len(names) - 0.4)
     axes.set_xticks(range(len(names))[::every], names[::every])
 
-# %% ../nbs/42_drift_plots.ipynb #26b07ecb
+# %% ../nbs/42_drift_plots.ipynb #476eba43
 _MARKS = {'calm': ('o', 'good'), 'flag': ('s', 'refer'), 'stop': ('X', 'bad')}
 
 
@@ -122,7 +124,7 @@ def drift_share_figure(
         if len(at):
             axes.plot(at, shares[at], marker, color=COLOURS[colour], markersize=7, label=state, clip_on=False)
     axes.axhline(line, color=COLOURS['bad'], linewidth=1.2, linestyle=(0, (4, 3)), label=f'flag above {line:.0%}')
-    _window_ticks(axes, [str(window['window']) for window in windows])
+    _window_ticks(axes, [str(window['window']) for window in windows], 64)
     axes.set_ylim(0, 1.15 * max(2 * line, float(np.nanmax(shares, initial=0))))
     axes.grid(visible=False, axis='x')
     percent(axes, 'y')

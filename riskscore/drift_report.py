@@ -186,7 +186,7 @@ def column_charts(
 # %% ../nbs/46_drift_report.ipynb #02e29a59
 _STATE_WORDS = {'stop': 'with a stop', 'flag': 'with a flag', 'calm': 'calm', 'not judged': 'with too few applications to judge'}
 
-# %% ../nbs/46_drift_report.ipynb #2ee17a7e
+# %% ../nbs/46_drift_report.ipynb #e0c0f8d3
 def window_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -201,8 +201,8 @@ def window_section(
     text = f'{len(windows)} windows: ' + ', '.join(f'{n} {_STATE_WORDS[state]}' for state, n in counts.items()) + '.'
     charts = [show_figure(drift_share_figure(windows, line), 'Share of the watched columns with material drift. ' + text).data]
     if any(c['broken'] or c['verdict'] in ('material', 'immaterial') for w in windows for c in w['columns'].values()):
-        note = ('The columns with the highest PSI in any window: pale where chance explains it, darker in the bands low, moderate and high. '
-                'A dot is material drift, a cross a broken column.')
+        note = ('The columns that moved beyond chance in any window, the highest PSI on top: pale where chance explains it, darker in the bands low, '
+                'moderate and high. A dot is material drift, a cross a broken column.')
         charts.append(show_figure(evolution_figure(windows), note).data)
     table = {'Window': [w['window'] for w in windows], 'State': [_marked(s, _STATES) for s in states], 'Applications': [w['rows'] for w in windows],
              'Drift share': [w['drift_share'] for w in windows], 'Broken': [listing(w['broken'], show=3) if w['broken'] else '–' for w in windows]}

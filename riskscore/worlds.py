@@ -194,12 +194,14 @@ def _column(where:str, name:str, contract:Contract, kinds:Sequence[str], problem
         return column
     return None
 
-# %% ../nbs/31_worlds.ipynb #738b0f29
+# %% ../nbs/31_worlds.ipynb #f1890204
 def _limits(where:str, column:Column, content:Any, problems:list[str])->tuple[float|None, float|None]:
     "The lowest and the highest value."
     try:
         low, high = (None if v is None else column.read(v) for v in content)
-        if isinstance(content, (str, Mapping)) or (low is not None and high is not None and low > high):
+        if isinstance(content, (str, Mapping)) or not (low is None or low == low) or not (high is None or high == high):  # a code that means missing
+            raise ValueError
+        if low is not None and high is not None and low > high:
             raise ValueError
         return low, high
     except (TypeError, ValueError, OverflowError):
@@ -220,7 +222,7 @@ def _condition(where:str, name:str, content:Any, contract:Contract, problems:lis
         problems.append(f'{where}: where {name}: expected a level or a list of levels, quoted where YAML takes them for true and false; got {content!r}.')
     return tuple(_text(v) for v in levels if v not in wrong)
 
-# %% ../nbs/31_worlds.ipynb #d6d76461
+# %% ../nbs/31_worlds.ipynb #cb7b2204
 _LEVEL = 'text or a number; words that YAML takes for true and false are quoted'
 
 
@@ -234,7 +236,7 @@ def _by(where:str, column:Column, content:Any, problems:list[str])->By|None:
             by: By = found
         else:
             by = tuple((column.read(value), float(number)) for value, number in content if _fits(number, 'a number'))
-            right = bool(by) and len(by) == len(content) and all(a < b for (a, _), (b, _) in zip(by, by[1:], strict=False))
+            right = bool(by) and len(by) == len(content) and by[0][0] == by[0][0] and all(a < b for (a, _), (b, _) in zip(by, by[1:], strict=False))
     except (TypeError, ValueError, AttributeError, OverflowError):
         right = False
     if right:

@@ -385,6 +385,8 @@ WRONG = [
     (GOOD | {'where': {'FLAG_OWN_CAR': 'J'}}, "has no level 'J'"),
     (GOOD | {'where': {'DAYS_BIRTH': -9000}}, 'expected [lowest, highest], with null for an open end; got -9000'),
     (GOOD | {'where': {'DAYS_BIRTH': [0, -9000]}}, 'expected [lowest, highest]'),
+    (GOOD | {'where': {'DAYS_EMPLOYED': [365243, None]}}, 'expected [lowest, highest]'),
+    ({'what': 'mix', 'columns': 'DAYS_EMPLOYED', 'by': [[365243, 2]]}, 'points [[value, number], …] with rising values'),
     (GOOD | {'where': 'F'}, 'where must be a mapping'),
     ({'what': 'null', 'columns': ['AMT_CREDIT', 'EXT_SOURCE_1']}, 'AMT_CREDIT requires a value, so that the service refuses such applications'),
     ({'what': 'outlier', 'columns': 'AMT_CREDIT', 'amount': -5}, 'AMT_CREDIT has hard limits from 1 to None'),

@@ -192,7 +192,7 @@ def _challenged(champion:Scorer, history:str|Path, recent:Recent, cause:Cause, t
              'recalibrated': cause.action == 'recalibrate'}
     return {**_verdict_of(cause, found, made), 'challenger': about, 'gate': found}, made.bundle
 
-# %% ../nbs/39_challenge.ipynb #a7686870
+# %% ../nbs/39_challenge.ipynb #d3be5ae0
 def _verdict_of(cause:Cause, found:Mapping[str, Any], made:Challenger)->dict[str, Any]:
     "What the gate's answer means."
     failed = [check for check in found['checks'] if not check['passed']]
@@ -202,9 +202,10 @@ def _verdict_of(cause:Cause, found:Mapping[str, Any], made:Challenger)->dict[str
                      'The challenger can be watched in shadow (challenger.json); look again when more outcomes have matured.')
         return _decided('refused', f"{cause.words} {' '.join(check['words'] for check in failed[:3])}", next_step)
     better, rates = next(c for c in found['checks'] if c['name'] == 'better'), found['approvals']['rates']
-    words = (f"{cause.words} {better['words']} All {len(found['checks'])} checks are passed. Approvals go from {rates[0]:.1%} to {rates[1]:.1%} of "
-             f"{found['approvals']['applications']:,} recent applications, by the challenger's own cut-offs.")
-    return _decided('promoted', words, 'Services follow the pointer by themselves. Watch its outcomes; `riskscore rollback --reason ...` leads back.')
+    whom = 'recent applications' if found['approvals']['everybody'] else 'applications with an outcome, all of which were approved once'
+    words = (f"{cause.words} {better['words']} All {len(found['checks'])} checks are passed. By the challenger's own cut-offs approvals go from "
+             f"{rates[0]:.1%} to {rates[1]:.1%} of {found['approvals']['applications']:,} {whom}.")
+    return _decided('promoted', words, 'Services follow the pointer by themselves. Watch its outcomes; riskscore rollback leads back.')
 
 # %% ../nbs/39_challenge.ipynb #21fc7a18
 def _settled(evidence:dict[str, Any], pointer:str|Path, bundle:Path|None, terms:Terms, now:datetime|None)->dict[str, Any]:

@@ -219,7 +219,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
     return found
 
-# %% ../nbs/38_gate.ipynb #bce52dba
+# %% ../nbs/38_gate.ipynb #addeaadd
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -246,10 +246,10 @@ def gate(
     seen = _judged(champion, challenger, frame, bad, threads)
     figures = paired_bootstrap(bad, *seen.pds, seen.values, rule.resamples, seed, rule.level)
     same = _twin(champion, twin, frame, bad, rule, seed, threads) if twin else None
-    asked = everybody if everybody is not None and frame_rows(everybody) else frame
+    asked = everybody if everybody and frame_rows(everybody) else frame
     decided = [scorer.frame(asked, threads)['decision'] for scorer in (champion, challenger)]
     found |= {'figures': figures, 'twin': same, 'groups': _groups(champion.contract, seen, rule), 'swap': _swap(bad, seen),
-              'approvals': _approvals(champion.contract, asked, decided, rule)}
+              'approvals': _approvals(champion.contract, asked, decided, rule) | {'everybody': asked is not frame}}
     checks = [enough, _better(figures, by, rule), *([_new_information(same, rule)] if same else []), *_not_worse(figures, rule),
               *_fair(found, rule), _canary_check(found['canary'])]
     return _plain(found | {'checks': checks, 'passed': all(check['passed'] for check in checks)})

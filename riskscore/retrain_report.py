@@ -55,7 +55,7 @@ def _left_out(counts:Mapping[str, int])->str:
     "What was not learnt from, in words."
     return 'left out: ' + ', '.join(f'{n:,} {why}' for why, n in counts.items()) if counts else 'none was left out'
 
-# %% ../nbs/46_retrain_report.ipynb #59a7106e
+# %% ../nbs/46_retrain_report.ipynb #cd6ded7f
 def check_section(
     evidence:Mapping[str, Any], # as consider gives it
 )->str: # HTML; a sentence when no challenger was judged
@@ -63,7 +63,7 @@ def check_section(
     if not evidence['gate']:
         return '<p>No challenger was judged.</p>'
     checks = evidence['gate']['checks']
-    return str(show_table({'requirement': [c['name'].capitalize() for c in checks], 'answer': ['✓ passed' if c['passed'] else '✕ failed' for c in checks],
+    return str(show_table({'requirement': [c['name'].capitalize() for c in checks], 'answer': ['✓\xa0passed' if c['passed'] else '✕\xa0failed' for c in checks],
                            'figures': [c['words'] for c in checks]}, 'What a challenger must fulfil').data)
 
 # %% ../nbs/46_retrain_report.ipynb #f15ce718
@@ -90,7 +90,7 @@ def _number(value:float|None)->str:
     "Four digits that count."
     return '–' if value is None else f'{value:.4g}'.replace('-', '−')
 
-# %% ../nbs/46_retrain_report.ipynb #5206c1cd
+# %% ../nbs/46_retrain_report.ipynb #71d56f8c
 def people_section(
     evidence:Mapping[str, Any], # as consider gives it
 )->str: # HTML; empty when no challenger was judged
@@ -102,8 +102,9 @@ def people_section(
     parts.append(show_table({name: swap[name] for name in ('decision', 'applications', 'share', 'bads', 'bad_rate', 'low', 'high')},
                             'Applications with an outcome',
                             {'low': '95% from', 'high': 'to'}, dict.fromkeys(('share', 'bad_rate', 'low', 'high'), '.1%')))
-    parts.append(show_table({'decision': list(asked['decisions']), 'champion': [n[0] for n in asked['decisions'].values()],
-                             'challenger': [n[1] for n in asked['decisions'].values()]}, f"{asked['applications']:,} recent applications under both models"))
+    whom = 'recent applications' if asked['everybody'] else 'applications with an outcome, all of which were approved once,'
+    decided = {name: [n[i] for n in asked['decisions'].values()] for i, name in enumerate(('champion', 'challenger'))}
+    parts.append(show_table({'decision': list(asked['decisions']), **decided}, f"{asked['applications']:,} {whom} under both models"))
     if asked['groups']:
         rows = asked['groups']
         parts.append(show_table({'column': [g['column'] for g in rows], 'group': [g['group'] for g in rows],

@@ -124,7 +124,7 @@ def _head(run:str)->bytes:
     "The first line of a client's file."
     return json.dumps({'run': run, 'format': 1}).encode()
 
-# %% ../nbs/32_traffic.ipynb #e152593f
+# %% ../nbs/32_traffic.ipynb #7b52184d
 class _Notes:
     "The file of a client, open for one run."
 
@@ -151,7 +151,9 @@ class _Notes:
 
     def add(self, line: Line) -> None:
         "Writes a line."
-        os.write(self.file, self.encode(line) + b'\n')
+        text = self.encode(line) + b'\n'
+        if os.write(self.file, text) < len(text):
+            raise RiskError('The disk is full: what the service answers cannot be noted. Free some, and run it again with the same file.')
         if line.answered:
             self.answered.add(line.key)
 

@@ -174,7 +174,7 @@ CLIENT = '''
 import asyncio, sys
 from riskscore.traffic import Application, Clock, Patience, Sending, send
 from riskscore.http_client import read_address
-found = [Application(f'A{i}', body, i * 0.002) for i, body in enumerate(open(sys.argv[3], 'rb').read().splitlines())]
+found = [Application(f'A{i}', body, i * 0.004) for i, body in enumerate(open(sys.argv[3], 'rb').read().splitlines())]
 asyncio.run(send(read_address(sys.argv[1], {}), found, 'client', sys.argv[2], Sending(in_flight=16, patience=Patience()), Clock(1)))
 '''
 
@@ -327,10 +327,12 @@ FAULTS: dict[str, Callable[[asyncio.StreamWriter], Any]] = {
 
 @pytest.mark.parametrize('name', FAULTS)
 def test_an_answer_that_is_none_is_asked_for_again_with_the_same_key(name, tmp_path):
-    patience = Patience(timeout=0.3, seconds=30, first_pause=0.01, longest_pause=0.1)
+    patience = Patience(timeout=0.3 if name == 'silence' else 10, seconds=60, first_pause=0.01, longest_pause=0.1)
     found, asked = through(lambda *given: at_first_broken(*given, FAULTS[name]), tmp_path, patience=patience, in_flight=1)
-    assert found['answered'] == 6 and found['retries'] == 1 and len(asked) == 7 and found['lost'] == 0
-    assert asked[0][2] == asked[1][2] and asked[0][1]['Idempotency-Key'] == asked[1][1]['Idempotency-Key']
+    assert found['answered'] == 6 and found['lost'] == 0 and found['retries'] >= 1
+    assert found['retries'] == 1 == len(asked) - 6 or name == 'silence'  # on a busy machine an answer may be later than that
+    times = tries(asked)
+    assert len(times) == 6 and len(times[asked[0][2]]) >= 2 and all(len({key for _, key in found}) == 1 for found in times.values())
     assert len({head['Idempotency-Key'] for _, head, _ in asked}) == 6
     assert all(line.status == 200 for line in read_answers(tmp_path / 'odd.jsonl'))
 
@@ -346,12 +348,12 @@ def test_the_pause_is_at_least_what_the_service_asks_for(tmp_path):
 def test_pauses_grow_and_differ(tmp_path):
     async def down(n, head, body, writer):
         writer.write(b'HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n')
-    patience = Patience(first_pause=0.02, longest_pause=10, seconds=1)
+    patience = Patience(first_pause=0.02, longest_pause=10, seconds=1.5)
     found, asked = through(down, tmp_path, 2, patience=patience)
     assert found['lost'] == 2 and found['answered'] == 0 and found['ended'].startswith('the service gave no answer')
     pauses = [[b - a for (a, _), (b, _) in pairwise(times)] for times in tries(asked).values()]
     for one in pauses:
-        assert len(one) >= 4 and all(pause >= 0.01 * 2 ** i for i, pause in enumerate(one))
+        assert len(one) >= 3 and all(pause >= 0.01 * 2 ** i for i, pause in enumerate(one))
     assert pauses[0] != pauses[1]
     assert [line.answered for line in read_answers(tmp_path / 'odd.jsonl')] == [False, False]
 
@@ -406,7 +408,7 @@ def test_a_run_is_bounded_in_time_and_number(tmp_path):
         first = await send(address, endless, 'bounds', tmp_path / 'b.jsonl', Sending(in_flight=3, seconds=0.3, patience=EAGER))
         second = await send(address, endless, 'bounds', tmp_path / 'b.jsonl', Sending(in_flight=3, number=11, patience=EAGER))
         late = await send(address, (Application(f'x{i}', b'{}', i * 3600.0) for i in count()), 'bounds', tmp_path / 'b.jsonl',
-                          Sending(in_flight=3, seconds=0.2, patience=EAGER), Clock(1))
+                          Sending(in_flight=3, seconds=0.5, patience=EAGER), Clock(1))
         return first, second, late, len(asked)
     first, second, late, asked = story(slow, then)
     assert first['ended'] == 'the time is over' and first['answered'] == first['sent'] > 3 and first['lost'] == 0
@@ -440,7 +442,8 @@ def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request():
         found = []
         for _ in range(3):
             found.append((await connection.ask('POST', '/predict', b'{}')).json['request_id'])
-            await asyncio.sleep(0.08)
+            while len(asked) == 1 and connection.wire.open:
+                await asyncio.sleep(0.01)
         connection.close()
         return found, connection.opened
     for behave in (twice, late):

@@ -87,9 +87,10 @@ class _Learner:
         spread = self.spread - reach[..., :, None] * reach[..., None, :] * (weight / size)[..., None, None]
         self.spread = self.keep**2 * spread + (1 - self.keep**2) * self.prior
 
-# %% ../nbs/10_anytime.ipynb #681f4c96
+# %% ../nbs/10_anytime.ipynb #8a0c84f2
 _FAR = np.array([0.15, 0.4, 0.9])  # beyond the tolerance
-_TILTS = {'pds too extreme': -0.4, 'pds say little': -0.8, 'order of pds reversed': -1.5, 'pds not extreme enough': 0.5}
+_TILTS = {'pds too extreme': ('shape', -0.4), 'pds say little': ('order', -0.8), 'order of pds reversed': ('order', -1.5),
+          'pds not extreme enough': ('shape', 0.5)}  # a new calibration puts a shape right, and an order never
 _THIRDS = ('low pds', 'middle pds', 'high pds')
 
 
@@ -97,13 +98,13 @@ def _names(columns:Sequence[str])->list[tuple[str, str]]:
     "Family and view of each bettor."
     views = [('level', f'more bad than said ({size} beyond the tolerance)') for size in ('a little', 'some', 'much')]
     views += [('level', f'fewer bad than said ({size} beyond the tolerance)') for size in ('a little', 'some', 'much')]
-    views += [('shape', name) for name in _TILTS]
+    views += [(family, name) for name, (family, _) in _TILTS.items()]
     views += [('shape', f'{more} bad than said among {third}') for more in ('more', 'fewer') for third in _THIRDS]
     views += [('column', f'{how} of {name}') for how in ('no effect', 'the opposite effect', 'another effect') for name in columns]
     return views + [('learnt', f'{what} as learnt from outcomes{half}') for what in ('level and slope', *(['columns'] if columns else []))
                     for half in ('', ', half of it')]
 
-# %% ../nbs/10_anytime.ipynb #3f642b41
+# %% ../nbs/10_anytime.ipynb #6c1c2784
 def _views(
     away:npt.NDArray[np.float64], # (…,) log-odds less their running mean
     spread:npt.NDArray[np.float64], # (…,) their running standard deviation
@@ -114,7 +115,7 @@ def _views(
     "What each bettor believes."
     far = np.broadcast_to(tolerance + _FAR, (*away.shape, 3))
     thirds = np.stack([away < -spread / 2, np.abs(away) <= spread / 2, away > spread / 2], axis=-1) * (tolerance + 0.4)
-    tilts = away[..., None] * np.array(list(_TILTS.values()))
+    tilts = away[..., None] * np.array([factor for _, factor in _TILTS.values()])
     line, single, *whole = learnt
     halves = [view[..., None] * np.array([1.0, 0.5]) for view in (line, *whole)]
     return np.concatenate([far, -far, tilts, thirds, -thirds, -parts, -2 * parts, single, *halves], axis=-1)

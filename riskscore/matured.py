@@ -265,7 +265,7 @@ def _later_by(moment:str, seconds:int)->str:
     "A time of the store, some seconds on: a transaction that began before then has ended."
     return (datetime.fromisoformat(moment[:-1]) + timedelta(seconds=seconds)).isoformat(timespec='microseconds') + 'Z'
 
-# %% ../nbs/14_matured.ipynb #61dd86ce
+# %% ../nbs/14_matured.ipynb #a7cc44f5
 def _answer(store:Store, scorer:Scorer, kept:_Kept, fed:int, until:str)->dict[str, Any]:
     "What the outcomes show."
     seen = _observed(store, scorer.version, kept.settings.outcome_days, until)
@@ -274,6 +274,7 @@ def _answer(store:Store, scorer:Scorer, kept:_Kept, fed:int, until:str)->dict[st
     ranking |= {'reference': kept.auc, 'observed': kept.ranking.right / ranking['bets'] if ranking['bets'] else None}
     reference = _reference(scorer)
     estimate = estimate_performance(reference, pd_histogram(reference, pds), -scorer.policy.value['approve']['bad'])
+    estimate |= {} if scorer.performance else {'expected_loss': None}  # no amounts are known
     return {'model_version': scorer.version, 'until': until, 'outcomes': taken, 'new': fed, 'waiting': seen['approved'] - taken,
             'alarm': calibration['alarm'] or ranking['alarm'], 'settings': vars(kept.settings), 'columns': list(kept.calibration.columns),
             'calibration': calibration, 'ranking': ranking, **seen, 'estimate': estimate,

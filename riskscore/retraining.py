@@ -74,7 +74,7 @@ def _lines(evidence:Mapping[str, Any])->list[str]:
     return [*lines, f"Cause: {evidence['cause']['kind']}, action: {evidence['cause']['action']}; {evidence['recent']['outcomes']:,} recent outcomes"
             + (f', left out: {left_out}' if left_out else '') + f". Evidence {evidence['digest'][:16]}."]
 
-# %% ../nbs/50_retraining.ipynb #e6fee4ff
+# %% ../nbs/50_retraining.ipynb #92f1a4ea
 @click.command(short_help='Ask for the cause of a change, and train a challenger if it helps.',
                epilog='Example: riskscore retrain --history data/split/history.parquet --folder data/serving --report retrain.html')
 @click.option('--history', default='data/split/history.parquet', show_default=True, help='What the model learnt from: a typed table, or a file.')
@@ -104,12 +104,14 @@ def retrain(
     "Find out why the present differs from history; where it helps, train a challenger and promote it if the gate agrees. Exit code 0: promoted, or \
 nothing to do; 1: the challenger was refused; 3: the feed is broken and nothing is learnt; 2: not run."
     from riskscore.core import canonical_json, write_text
-    from riskscore.retrain_report import retrain_page
 
     evidence = _considered(model, history, **given)
-    for path, make in ((report, retrain_page), (document, canonical_json)):
-        if path:
-            write_text(path, make(evidence))
+    if report:
+        from riskscore.retrain_report import retrain_page  # slow to import: charts
+
+        write_text(report, retrain_page(evidence))
+    if document:
+        write_text(document, canonical_json(evidence))
     click.echo('\n'.join([*_lines(evidence), *(f'Wrote {path}.' for path in (report, document) if path)]))
     ctx.exit(_CODES[evidence['decision']])
 

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from click.testing import CliRunner
 from scipy import stats
 
 from riskscore.bundle import load_bundle, write_bundle, write_pointer
@@ -17,6 +18,8 @@ from riskscore.gate import gate
 from riskscore.promotion import history_of, rollback
 from riskscore.reference import fit_reference, reference_from_bytes
 from riskscore.retrain import Recent, Recipe, _learn_from, _Rows, _train
+from riskscore.retraining import retrain
+from riskscore.store import open_store
 
 MONEY = {'approve': {'good': 0.12, 'bad': -0.5}, 'refer': {'good': 0.02, 'bad': -0.1, 'fixed': -1}, 'decline': {'good': 0.0, 'bad': 0.0}}
 COLUMNS = {'income': {'kind': 'number'}, 'debt': {'kind': 'number'}, 'tenure': {'kind': 'integer'}, 'job': {'kind': 'category'},
@@ -190,6 +193,45 @@ def test_the_level_of_risk_asks_for_a_calibration_and_keeps_the_trees(tmp_path):
     old, new = load_bundle(world.start), load_bundle(world.pointer)
     assert new.predictor.to_bytes() == old.predictor.to_bytes() and new.policy == old.policy
     assert evidence['gate']['figures']['stated']['challenger'] < evidence['gate']['figures']['stated']['champion']
+
+
+def fill_log(folder: Path, world: World, seen: Frame, broken_from: int) -> None:
+    "What a service keeps of these applications: one an hour, with outcomes of the approved; from an hour on the feed was broken."
+    answer, store = load_bundle(world.pointer).frame(seen), open_store(f'sqlite:///{folder}/riskscore.db')
+    hours = [str(np.datetime64('2026-01-01T00') + i) for i in range(len(seen['bad']))]
+    at = [f'{hour}:30:00.000000Z' for hour in hours]
+    ids, blank = [f'{i:032x}' for i in range(len(at))], dict.fromkeys(('content_digest', 'answer', 'mac'), '')
+    given = [{n: v for n, v in zip(seen, row, strict=True) if n != 'bad' and v is not None and v == v}
+             for row in zip(*(values.tolist() for values in seen.values()), strict=True)]
+    kept = {'decisions': [blank | {'writer': 'w', 'seq': i, 'request_id': ids[i], 'received_at': at[i], 'status': 'scored', 'decision': answer['decision'][i],
+                                   'pd': answer['pd'][i], 'score': int(answer['score'][i]), 'model_version': world.start.name, 'policy_version': 'p'}
+                          for i in range(len(at))],
+            'applications': [{'request_id': ids[i], 'salt': '', 'content': json.dumps(given[i])} for i in range(len(at))],
+            'outcomes': [{'request_id': ids[i], 'version': 1, 'bad': int(seen['bad'][i]), 'observed_at': at[i], 'received_at': at[i], 'actor': 'bank'}
+                         for i in range(len(at)) if answer['decision'][i] == 'approve'],
+            'verdicts': [{'started_at': at[broken_from], 'ended_at': '2027', 'reference': 'r', 'rows': 1, 'flag': 0, 'stop': 1, 'closed_at': '',
+                          'content': '{"broken": ["income"]}'}]}
+    with store.write() as connection:
+        for name, rows in kept.items():
+            connection.execute(store.tables[name].insert(), rows)
+    store.close()
+
+
+def test_the_command_learns_from_the_log_of_a_service_but_not_from_its_broken_windows(tmp_path):
+    world, seen = World(tmp_path), loans(3600, 8, turned=1)
+    seen['income'][3000:] *= 1000
+    fill_log(tmp_path, world, seen, 3000)
+    words = ['retrain', '--model', str(world.pointer), '--history', str(world.history), '--folder', str(tmp_path), '--json', str(tmp_path / 'e.json')]
+    result = CliRunner().invoke(retrain, words[1:])
+    evidence = json.loads((tmp_path / 'e.json').read_text())
+    assert (result.exit_code, evidence['decision']) == (0, 'promoted'), result.output
+    assert evidence['recent']['left_out']['from a window with a broken feed'] > 0 and evidence['cause']['kind'] == 'concept'
+    assert evidence['gate']['approvals']['applications'] == 3600 and evidence['gate']['approvals']['everybody']
+    assert load_bundle(world.pointer).metadata['retrained']['until'] > 20_000
+
+    (tmp_path / 'monitoring').mkdir()
+    (tmp_path / 'monitoring' / 'drift_report.json').write_text(json.dumps({'verdict': {'columns': [], 'flag': 1, 'broken': ['income']}, 'outcomes': None}))
+    assert CliRunner().invoke(retrain, words[1:]).exit_code == 3
 
 
 def clopper_pearson(hits: int, trials: int) -> float:

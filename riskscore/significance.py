@@ -97,7 +97,10 @@ def rise_z(
         z = (k_now / n_now - k_ref / n_ref) / np.sqrt(pooled * (1 - pooled) * (1 / n_ref + 1 / n_now))
     return np.where(np.isfinite(z), z, 0.0)
 
-# %% ../nbs/10_significance.ipynb #6bb91f59
+# %% ../nbs/10_significance.ipynb #cbb502b0
+_TERMS = 50_000
+
+
 def rise_sf(
     k_ref:int, # how many of the reference
     n_ref:int, # rows of the reference
@@ -107,10 +110,12 @@ def rise_sf(
     "Probability that chance alone puts so many, or more, into the rows of now."
     found, rows = k_ref + k_now, n_ref + n_now
     first = _log_choose(found, k_now) + _log_choose(rows - found, n_now - k_now) - _log_choose(rows, n_now)
-    x = np.arange(k_now, min(found, n_now), dtype=float)
+    x = np.arange(k_now, min(found, n_now, k_now + _TERMS), dtype=float)
     ratios = (found - x) * (n_now - x) / ((x + 1) * (rows - found - n_now + x + 1))
-    logs = np.concatenate([[0.0], np.cumsum(np.log(ratios))]) + first
-    return min(1.0, float(np.exp(logs).sum()))
+    terms = np.exp(np.concatenate([[0.0], np.cumsum(np.log(ratios))]) + first)
+    if len(x) < _TERMS:
+        return min(1.0, float(terms.sum()))
+    return min(1.0, float(terms.sum() + terms[-1] * ratios[-1] / (1 - ratios[-1]))) if ratios[-1] < 1 else 1.0
 
 # %% ../nbs/10_significance.ipynb #f0a46ba4
 def _log_choose(n:int, k:int)->float:

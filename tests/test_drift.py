@@ -245,7 +245,8 @@ SMALL_COUNTS = count_frame(SMALL, SMALL_FRAME, decision=np.resize(['approve', 'r
 
 
 @pytest.mark.parametrize('header', [
-    b'[]', b'{}', b'{"rows":1,"columns":[],"answers":[]}', b'[' * 100_000, b'{"rows":1e99}', b'\xff\xfe', b'{"rows":1,"columns":[{"points":9999999999}],"answers":[]}',
+    b'[]', b'{}', b'{"rows":1,"columns":[],"answers":[]}', b'[' * 100_000, b'{"rows":1e99}', b'\xff\xfe',
+    b'{"rows":1,"columns":[{"points":9999999999}],"answers":[]}',
     b'{"rows":1,"columns":["x"],"answers":[]}', b'{"rows":1,"columns":{"x":1},"answers":[]}', b'{"rows":true,"columns":[null],"answers":null}',
 ])
 def test_headers_of_an_attacker(header):

@@ -41,15 +41,24 @@ class Table:
         self.contract, self.reference_rows = load_contract(ROOT / f'data/contracts/{contract}.yaml'), reference_rows
         blocks = [batch.frame for batch in read_frames(path, self.contract)]
         watched = [c.name for c in self.contract.feature_columns if not c.temporal]
-        self.frame = {n: np.concatenate([b[n] for b in blocks]) for n in watched}
-        self.rows = len(self.frame[watched[0]])
+        frame = {n: np.concatenate([b[n] for b in blocks]) for n in watched}
+        self.names = watched
+        self.texts = {n: v for n, v in frame.items() if v.dtype.kind == 'O'}
+        self.numbers = [n for n in watched if n not in self.texts]
+        self.table = np.stack([frame[n] for n in self.numbers], axis=1)  # by row, which is shuffled faster
+        self.rows = len(self.table)
 
     def draw(self, rows, rng):
         "Reference and window, without a row in common."
         rows = min(rows, self.rows - self.reference_rows)
         order = rng.permutation(self.rows)[:self.reference_rows + rows]
-        parts = order[:self.reference_rows], order[self.reference_rows:]
-        return tuple({n: v[part] for n, v in self.frame.items()} for part in parts)
+        return self.rows_of(order[:self.reference_rows]), self.rows_of(order[self.reference_rows:])
+
+    def rows_of(self, order):
+        "These rows as a frame."
+        frame = dict(zip(self.numbers, np.ascontiguousarray(self.table[order].T), strict=True))
+        frame |= {n: v[order] for n, v in self.texts.items()}
+        return {n: frame[n] for n in self.names}
 
 
 class Synthetic:

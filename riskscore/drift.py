@@ -424,11 +424,13 @@ def _words(verdict:Mapping[str, Any], rule:DriftRule)->str:
         return f'In {rows:,} applications {drifted}: consider retraining, after looking for the cause.'
     return f'In {rows:,} applications {drifted}: no action needed.' if verdict['material'] else f'{rows:,} applications look like history: no action needed.'
 
-# %% ../nbs/12_drift.ipynb #3559b018
+# %% ../nbs/12_drift.ipynb #aa9b069d
 def _labels(part:ColumnReference)->list[str]:
     "Names of the bins, in their order."
     def word(value: float) -> str:
-        return str(np.datetime64(0, 'D') + int(value)) if part.kind == 'date' else f'{value:,.6g}'
+        if part.kind == 'date':
+            return str(np.datetime64(0, 'D') + int(value))
+        return f'{value:,.0f}' if 1e5 <= abs(value) < 1e15 else f'{value:,.6g}'
     if part.form == 'grid':
         ends = [word(part.edges[top]) for top in part.tops]
         return [f'up to {ends[0]}', *(f'{low} to {high}' for low, high in zip(ends, ends[1:], strict=False)), f'above {ends[-1]}', 'missing']

@@ -261,7 +261,7 @@ def test_headers_of_an_attacker(header):
 def test_one_percent_of_columns_without_drift_are_alarmed():
     "Reference and window drawn anew; the rates are those of the contract, neither larger nor much smaller."
     alarms, flags, stops = [], 0, 0
-    for seed in range(240):
+    for seed in range(180):
         reference = fit_reference(MIXED, mixed(3000, 10_000 + seed).__getitem__)
         verdict, entries = judged(reference, mixed((50, 200, 1000, 6000)[seed % 4], 20_000 + seed))
         flags, stops = flags + verdict['flag'], stops + verdict['stop']
@@ -285,7 +285,7 @@ def test_values_that_a_short_history_lacks_are_no_drift():
     "A long window finds levels and values that a short history did not hold; without pooling nine of ten such columns were alarmed."
     contract, weights = contract_of(code='integer', town='category'), 1 / np.arange(1, 200) ** 1.5
     alarms = []
-    for seed in range(120):
+    for seed in range(80):
         rng = np.random.default_rng(seed)
         draws = [rng.choice(199, rows, p=weights / weights.sum()) for rows in (600, 4000)]
         frames = [{'code': np.minimum(d, 60) * 1.0, 'town': np.array([f'town {i}' for i in d], dtype=object)} for d in draws]
@@ -309,7 +309,7 @@ def test_the_design_effect_makes_good_for_bursts():
     for timed in (True, False):
         history = {n: bursts(20_000, rng) for n in names}
         reference = fit_reference(contract, history.__getitem__, time=np.arange(20_000.0) if timed else None)
-        verdicts = [judged(reference, {n: bursts(1000, rng) for n in names}) for _ in range(25)]
+        verdicts = [judged(reference, {n: bursts(1000, rng) for n in names}) for _ in range(16)]
         rates[timed] = np.mean([e['p'] < 0.01 for _, entries in verdicts for e in entries.values()])
         assert ('assumed independent' in verdicts[0][0]['note']) is not timed
         assert not timed or not any(v['stop'] for v, _ in verdicts)

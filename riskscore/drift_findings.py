@@ -324,7 +324,7 @@ def _judged_by_model(scorer:Scorer, history:Sample, current:Sample, threads:int)
                                 'estimate': estimate_performance(scorer.performance, pd_histogram(scorer.performance, current.pd))}
     return found
 
-# %% ../nbs/45_drift_findings.ipynb #f629fdb2
+# %% ../nbs/45_drift_findings.ipynb #a2422527
 _SLOT = {'hour': 13, 'day': 10, 'month': 7}  # characters of a time that name the window
 
 
@@ -342,7 +342,7 @@ def compare_log(
     size = {'applications': int(by)} if by.isdigit() else {'seconds': 3600.0 if by == 'hour' else 86400.0}
     windows: dict[str, Counts] = {}
     for first, _, counts in window_series(store, reference, start, end or '~', **size):  # type: ignore[arg-type]
-        name = first[:_SLOT.get(by, 16)].replace('T', ' ')
+        name = first[:_SLOT.get(by, 16)].replace('T', ' ') + (':00' if by == 'hour' else '')
         windows[name] = windows[name] + counts if name in windows else counts
     if not windows:
         raise RiskError(f'The log holds no applications counted against the reference {reference.digest}, from {start or "its beginning"} to '

@@ -240,7 +240,7 @@ def _money_table(money:Mapping[str, Any])->tuple[dict[str, list[Any]], dict[str,
     loss = max(abs(part) for part in table['Expected loss per application'] if part is not None)
     return table, {words: form for words, _, form in _MONEY.values()} | ({'Expected loss per application': '+,.0f'} if loss >= 1000 else {})
 
-# %% ../nbs/46_drift_report.ipynb #d12b4ad3
+# %% ../nbs/46_drift_report.ipynb #6f4d1f03
 def money_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -259,7 +259,7 @@ def money_section(
     sizes, rate = money['rows'], money['approval_rate']['reference']
     chance = 2 * (rate * (1 - rate) * (1 / sizes['reference'] + 1 / sizes['now'])) ** 0.5
     samples = (f'Computed from {sizes["reference"]:,} applications of the reference and {sizes["now"]:,} of now; between two such samples chance alone moves '
-               f'the approval rate by up to {100 * chance:.1f} points.')
+               f'the approval rate by up to {chance:.1%}.')
     loss = money['expected_loss']['change'] * findings['rows']
     more = f'{show_money(abs(loss), money["currency"])} {"higher" if loss > 0 else "lower"}'
     words = f'For all {findings["rows"]:,} applications together the expected loss is {more} than it was.'
@@ -335,7 +335,7 @@ def advice_section(
              'What to do': [do for _, do in _TO_DO.values()]}
     return f'<p><strong>{escape(advice["words"])}</strong></p><ol>{steps}</ol>{_lit(show_table(table, "The lights of a column").data)}'
 
-# %% ../nbs/46_drift_report.ipynb #d6c4ed76
+# %% ../nbs/46_drift_report.ipynb #5ae3a18e
 def figures_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -351,7 +351,7 @@ def figures_section(
     rules = [f'A column has moved beyond chance when its p, all columns counted, is below {rule["alpha"]:.0%}; it is material when its PSI is also at least '
              f'{rule["bands"][0]:.2f} (moderate; high above {rule["bands"][1]:.2f}).',
              f'The flag is raised when more than {rule["flag_share"]:.0%} of the watched columns are material.',
-             f'A column is broken when its missing, new or outside values rise by more than {100 * rule["broken_points"]:.0f} points and by over '
+             f'A column is broken when its missing, new or outside values rise by more than {100 * rule["broken_points"]:.0f} in 100 applications and by over '
              f'{rule["broken_errors"]:.0f} standard errors. Scoring stops when {rule["stop_share"]:.0%} of the columns, and at least one, are broken.',
              f'A column is judged from {rule["column_rows"]} values on, the flag from {rule["flag_rows"]} applications and a stop from {rule["stop_rows"]}.',
              f'Sample sizes: {findings["note"]}. Columns that move with the calendar are left out by the contract.']

@@ -178,6 +178,18 @@ def test_a_column_that_is_not_there_is_named(folder):
     assert found['broken'] == ['income'] and any('lacks these columns' in note and 'income' in note for note in found['notes'])
 
 
+def test_two_files_that_nobody_has_described(tmp_path, monkeypatch):
+    "Without a contract that fits, the outcome's name is enough, and is asked for."
+    monkeypatch.chdir(tmp_path)
+    for name, shift in (('then', 0), ('now', 40)):
+        rng = np.random.default_rng(shift)
+        write_csv(tmp_path / f'{name}.csv', {'height': rng.normal(170 + shift, 10, 400).round(1).tolist(), 'late': rng.integers(0, 2, 400).tolist()})
+    asked = CliRunner().invoke(main, ['drift', 'then.csv', 'now.csv'])
+    assert asked.exit_code == 2 and '--contract' in asked.output and '--target' in asked.output
+    told = CliRunner().invoke(main, ['drift', 'then.csv', 'now.csv', '--target', 'late'])
+    assert told.exit_code == 2 and 'broken    height' in told.output  # four standard deviations taller: another unit, not other people
+
+
 @pytest.mark.parametrize(('now', 'options', 'words'), [
     ('nothing.csv', (), 'nothing.csv'),
     ('calm.csv', ('--segment', 'jobb'), "Did you mean 'job'?"),

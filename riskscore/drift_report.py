@@ -284,7 +284,7 @@ def answer_section(
         text = f'<p>{approval["reference"]:.1%} of the reference were approved, and {approval["now"]:.1%} are now{escape(chance)}.</p>'
     return f'{_artefact(findings)}{text}<div class="rs-grid">{"".join(cells)}</div>'
 
-# %% ../nbs/46_drift_report.ipynb #b674cbf2
+# %% ../nbs/46_drift_report.ipynb #e328ba12
 def segment_section(
     findings:Mapping[str, Any], # of `compare_samples`
 )->str: # HTML
@@ -293,9 +293,11 @@ def segment_section(
     if not found:
         return '<p>Name a column with <code>--segment COLUMN</code>, and this part shows within which of its segments the applications have changed.</p>'
     rows = found['rows']
-    table = {'Segment': [r['segment'] for r in rows], 'State': [_marked(window_state(r), _STATES) for r in rows],
+    states = [_marked('broken', _LIGHTS) if r['broken'] else _marked(window_state(r), _STATES) for r in rows]  # a segment alone does not stop
+    named = [[f'{name} (broken)' if name in r['broken'] else name for name in r['worst']] for r in rows]
+    table = {'Segment': [r['segment'] for r in rows], 'State': states,
              'Applications': [r['rows'] for r in rows], 'In the reference': [r['reference_rows'] for r in rows],
-             'Drift share': [r['drift_share'] for r in rows], 'Moved most': [listing(r['worst'], show=4) if r['worst'] else '–' for r in rows]}
+             'Drift share': [r['drift_share'] for r in rows], 'Moved most': [listing(names, show=4) if names else '–' for names in named]}
     return _lit(show_table(table, f'Segments of {found["column"]}, each against its own reference', formats={'Drift share': '.1%'}, bars=['Applications']).data)
 
 # %% ../nbs/46_drift_report.ipynb #0fddf908
@@ -358,7 +360,7 @@ def figures_section(
     shown = show_table(table, 'Every column', {'p': 'p', 'p of all': 'p of all'}, dict.fromkeys(heads, '.3f'), limit=400).data
     return f'<ul>{"".join(f"<li>{escape(r)}</li>" for r in rules)}</ul><p>{escape(words)}</p><div class="rs-why rs-small">{_lit(shown)}</div>'
 
-# %% ../nbs/46_drift_report.ipynb #adcd3bcf
+# %% ../nbs/46_drift_report.ipynb #540e35cd
 _PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
     'Which columns have changed?': (
         'A column is compared with the reference by its PSI, which is 0 when the shares of its values are the same and grows as they '
@@ -371,7 +373,7 @@ _PARTS: dict[str, tuple[str, Callable[[Mapping[str, Any]], str]]] = {
         'The change in the terms of the model: which columns made the applications riskier or safer, and what that does to approvals and losses.',
         money_section),
     'Does the model decide as before?': ('The same comparison for what the model says: its probabilities and its decisions.', answer_section),
-    'Which customers?': ('Each segment is compared with its own past.', segment_section),
+    'Which customers?': ('Each segment is compared with its own past; a column can be broken in one of them and look well in all together.', segment_section),
     'Is the model still right?': ('What outcomes to expect, before there are any.', performance_section),
     'What is to be done?': ('', advice_section),
     'How was it judged?': ('', figures_section),

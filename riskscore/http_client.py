@@ -148,7 +148,7 @@ class _Wire(asyncio.Protocol):
             self.open = False
             self.transport.abort()
 
-# %% ../nbs/31_http_client.ipynb #d3b485c9
+# %% ../nbs/31_http_client.ipynb #c2ccbd8b
 class _Connected(_Wire):
     "What comes over the connection, and its end."
 
@@ -156,12 +156,12 @@ class _Connected(_Wire):
         self.size += len(data)
         if self.waiter is None:
             return self.finish(_SURPLUS)
-        if self.size > (_MOST_BODY if self.told else 0) + _MOST_HEAD:
-            return self.finish(Broken('the answer is too long'))
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:
             self.finish(Broken(f'the answer is not HTTP: {error}'))
+        if self.waiter and self.size > (_MOST_BODY if self.told else 0) + _MOST_HEAD:  # not before: head and body may come at once
+            self.finish(Broken('the answer is too long'))
 
     def connection_lost(self, error: Exception | None) -> None:
         to_the_end = self.told and not {'content-length', 'transfer-encoding'} & set(self.headers)

@@ -478,6 +478,28 @@ class _Transport:
         pass
 
 
+def test_a_long_answer_may_come_at_once_or_in_pieces_and_has_a_limit(monkeypatch):
+    monkeypatch.setattr('riskscore.http_client._MOST_BODY', 10**6)
+    async def long(n, head, body, writer):
+        size = int(body)
+        writer.write(b'HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n' % size + b'x' * size)
+    async def then(address, asked):
+        connection = Connection(address)
+        for size in (0, 60_000, 70_000, 300_000, 900_000):
+            assert len((await connection.ask('POST', '/', b'%d' % size)).body) == size
+        with pytest.raises(Broken, match='too long'):
+            await connection.ask('POST', '/', b'9000000')
+        return connection.opened
+    assert story(long, then) == 1
+    async def run():
+        wire = _Connected()
+        wire.connection_made(_Transport())
+        waiter = wire.ask(b'')
+        wire.data_received(b'HTTP/1.1 200 OK\r\nContent-Length: 300000\r\n\r\n' + b'x' * 300_000)  # in one piece for sure
+        return len((await waiter).body)
+    assert asyncio.run(run()) == 300_000
+
+
 @given(st.data(), st.lists(st.binary(max_size=40), min_size=1, max_size=4), st.sampled_from(['length', 'chunks', 'end']))
 def test_an_answer_is_the_same_however_it_is_cut(data, parts, form):
     head = {'length': b'Content-Length: %d\r\n' % len(b''.join(parts)), 'chunks': b'Transfer-Encoding: chunked\r\n', 'end': b''}[form]

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDED', 'read_verdict', 'verdict_for', 'outcome_test', 'window_verdict', 'Terms', 'consider']
 
-# %% ../nbs/39_challenge.ipynb #e05d0a20
+# %% ../nbs/39_challenge.ipynb #2dc64b49
 import json
 import tempfile
 from collections.abc import Mapping
@@ -27,7 +27,7 @@ from .money import column_parts
 from .performance import estimate_performance, pd_histogram
 from .promotion import cooling, promote
 from .reference import reference_from_bytes
-from .retrain import Challenger, Recent, _target, history_blocks, hold_back, recalibrate, train_challenger
+from .retrain import Challenger, Recent, _target, history_blocks, hold_back, recalibrate, train_challenger, unseen
 
 # %% ../nbs/39_challenge.ipynb #fa223fdd
 def read_verdict(
@@ -121,7 +121,7 @@ class Terms:
 DECIDED = {'kept': 'The model stays', 'resting': 'The model rests', 'vetoed': 'Nothing was learnt', 'refused': 'The challenger was refused',
            'promoted': 'The challenger decides now', 'would promote': 'The challenger would be promoted'}
 
-# %% ../nbs/39_challenge.ipynb #90b344a9
+# %% ../nbs/39_challenge.ipynb #700a27c1
 def consider(
     pointer:str|Path, # of the model that decides
     history:str|Path, # what it learnt from: a typed table, or a file that the contract reads
@@ -137,16 +137,30 @@ def consider(
     about, note = verdict_for(verdict, champion)
     cause = cause_of(about, concept, terms.accepted)
     evidence = {'champion': champion.version, 'challenger': None, 'cause': cause.to_dict(), 'note': note, 'gate': None,
-                'forced': terms.force, 'accepted': list(terms.accepted),
-                'recent': {'outcomes': recent.rows if recent else 0, 'left_out': dict(recent.left_out) if recent else {}}}
+                'forced': terms.force, 'accepted': list(terms.accepted)}
     stays = _stays(cause, recent, cooling(pointer, terms.cool_down, now), terms)
     if stays or recent is None:
-        return _sealed(evidence | (stays or {}), pointer, terms)
+        return _sealed(evidence | {'recent': _counted(recent)} | (stays or {}), pointer, terms)
+    recent = unseen(recent, history_blocks(history, champion.contract), champion.contract)
+    evidence |= {'recent': _counted(recent), 'note': ' '.join(filter(None, [note, _other_history(champion, history)]))}
     if terms.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             return _sealed(evidence | _challenged(champion, history, recent, cause, terms, everybody, Path(scratch))[0], pointer, terms)
     found, bundle = _challenged(champion, history, recent, cause, terms, everybody, Path(pointer).parent)
     return _settled(evidence | found, pointer, bundle, terms, now)
+
+# %% ../nbs/39_challenge.ipynb #9d346fa8
+def _counted(recent:Recent|None)->dict[str, Any]:
+    "How many outcomes there are, and why not more."
+    return {'outcomes': recent.rows if recent else 0, 'left_out': dict(recent.left_out) if recent else {}}
+
+# %% ../nbs/39_challenge.ipynb #3faf975a
+def _other_history(champion:Scorer, history:str|Path)->str:
+    "A note where history is not the file that the champion learnt from."
+    stated = champion.metadata.get('history')
+    if not stated or not Path(history).is_file() or digest_file(history) == stated:
+        return ''
+    return 'The champion learnt from another file than this history: outcomes that it has seen there would flatter it.'
 
 # %% ../nbs/39_challenge.ipynb #69cf8943
 def _stays(cause:Cause, recent:Recent|None, rest:float, terms:Terms)->dict[str, Any]|None:
@@ -168,7 +182,7 @@ def _decided(decision:str, words:str, then:str)->dict[str, Any]:
     "A decision in words."
     return {'decision': decision, 'words': f'{DECIDED[decision]}. {words}', 'next': then.strip()}
 
-# %% ../nbs/39_challenge.ipynb #8ec43035
+# %% ../nbs/39_challenge.ipynb #4ed68fe8
 _WORLD = 1_000  # applications that may stand for all that come
 
 
@@ -178,7 +192,7 @@ def _challenged(champion:Scorer, history:str|Path, recent:Recent, cause:Cause, t
     learn, judge = hold_back(recent, terms.held_back, champion)
     blocks = history_blocks(history, champion.contract)
     facts = {'cause': cause.kind, 'history': digest_file(history) if Path(history).is_file() else ''}
-    by, reference = 'log_loss' if cause.action == 'recalibrate' else 'auc', reference_of(champion, blocks)
+    by, reference = ('log_loss',) if cause.action == 'recalibrate' else ('auc', 'log_loss'), reference_of(champion, blocks)
     world = everybody if everybody and frame_rows(everybody) >= _WORLD and canary(reference, everybody, terms.accepted)['passed'] else None
     try:
         made = (recalibrate(champion, learn, models, facts, terms.threads, world) if cause.action == 'recalibrate' else

@@ -60,7 +60,7 @@ def _losses(bad:npt.NDArray[np.bool_], pd:npt.NDArray[np.float64])->dict[str, np
     p = np.clip(pd, 1e-12, 1 - 1e-12)
     return {'log_loss': -np.where(bad, np.log(p), np.log1p(-p)), 'brier': (p - bad) ** 2, 'stated': p - bad}
 
-# %% ../nbs/38_gate.ipynb #ced05759
+# %% ../nbs/38_gate.ipynb #ce0d20a3
 def paired_bootstrap(
     bad:npt.ArrayLike, # (rows,) outcomes: 1 = bad
     champion:npt.ArrayLike, # (rows,) its pds
@@ -68,7 +68,7 @@ def paired_bootstrap(
     values:tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]|None=None, # (rows,) what each application was worth under the decision of each
     resamples:int=2_000, # draws
     seed:int=0, # of the draws
-    level:float=0.98, # of the intervals
+    level:float=0.99, # of the intervals
 )->dict[str, dict[str, float]]: # auc, log_loss, brier, calibration (mean pd less bad rate, without sign) and value: champion, challenger, gain, low, high
     "By how much a challenger is better; a gain above 0 is always for the better."
     (y, first), (_, second) = (checked(bad, pd, probability=True) for pd in (champion, challenger))
@@ -141,16 +141,16 @@ def reference_of(
         return reference_from_bytes(champion.drift)
     return fit_reference(champion.contract, lambda name: np.concatenate([frame[name] for frame in history()]))
 
-# %% ../nbs/38_gate.ipynb #16d321c6
+# %% ../nbs/38_gate.ipynb #7fb23cd5
 @dataclass(frozen=True)
 class GateRule:
     "What a challenger must fulfil."
 
-    level: float = 0.98  # of the intervals: 1% on either side
+    level: float = 0.99  # of the intervals: 0.5% on either side
     resamples: int = 2_000
     least_outcomes: int = 200  # held back
     least_of_class: int = 30  # goods, and bads, among them
-    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.01, 'log_loss': 0.001})
+    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.01, 'log_loss': 0.005})
     calibration_margin: float = 0.01  # by which the mean pd may be farther from the bad rate than the champion's
     group_rows: int = 100  # outcomes of a group that is judged
     group_of_class: int = 10  # goods, and bads, among them
@@ -219,7 +219,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
     return found
 
-# %% ../nbs/38_gate.ipynb #addeaadd
+# %% ../nbs/38_gate.ipynb #7ea489f8
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -231,7 +231,7 @@ def gate(
     twin:tuple[FeaturePlan, Predictor]|None=None, # the same mix with no more rows than the champion saw; None: the challenger itself saw no more
     everybody:Frame|None=None, # all recent applications, also without an outcome, for approvals; None: those with one
     accepted:Collection[str]=(), # columns that a person has found right
-    by:str='auc', # figure that must be better: auc, or log_loss for a new calibration of the same model
+    by:Sequence[str]=('auc', 'log_loss'), # figures of which one must be better; log_loss for a new calibration of the same model
     rule:GateRule=GateRule(), # noqa: B008 what must be fulfilled
     seed:int=0, # of the resamples
     threads:int=1, # of the models' libraries
@@ -239,18 +239,18 @@ def gate(
     "Holds a challenger against the champion."
     bad = frame[_outcome(champion.contract)]
     enough = _enough(bad, rule)
-    found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': by, 'rule': _plain(asdict(rule)), 'rows': dict(rows),
+    found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': list(by), 'rule': _plain(asdict(rule)), 'rows': dict(rows),
                              'canary': _canaries(reference, added, frame, accepted)}
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)
     figures = paired_bootstrap(bad, *seen.pds, seen.values, rule.resamples, seed, rule.level)
-    same = _twin(champion, twin, frame, bad, rule, seed, threads) if twin else None
+    same = _twin(champion, challenger, twin, frame, bad, rule, seed, threads) if twin else None
     asked = everybody if everybody and frame_rows(everybody) else frame
     decided = [scorer.frame(asked, threads)['decision'] for scorer in (champion, challenger)]
     found |= {'figures': figures, 'twin': same, 'groups': _groups(champion.contract, seen, rule), 'swap': _swap(bad, seen),
               'approvals': _approvals(champion.contract, asked, decided, rule) | {'everybody': asked is not frame}}
-    checks = [enough, _better(figures, by, rule), *([_new_information(same, rule)] if same else []), *_not_worse(figures, rule),
+    checks = [enough, _better(figures, by, rule), *([_new_information(same, by, rule)] if same else []), *_not_worse(figures, rule),
               *_fair(found, rule), _canary_check(found['canary'])]
     return _plain(found | {'checks': checks, 'passed': all(check['passed'] for check in checks)})
 
@@ -288,43 +288,44 @@ def _canary_check(found:Mapping[str, Any])->dict[str, Any]:
     "Did the challenger learn from a feed that works?"
     return _check('canary', found['passed'], ' '.join([found['words'], *(f'{name}: {why}.'.replace('..', '.') for name, why in found['broken'].items())]))
 
-# %% ../nbs/38_gate.ipynb #8b92ef6b
+# %% ../nbs/38_gate.ipynb #11c3c920
 _TITLES = {'auc': 'AUC', 'log_loss': 'log loss'}
 
 
-def _better(figures:Mapping[str, Mapping[str, float]], by:str, rule:GateRule, name:str='better')->dict[str, Any]:
-    "Is the gain real, and large enough to matter?"
-    found, least = figures[by], rule.least_gain[by]
-    words = (f"{_TITLES[by]} {found['champion']:.4f} to {found['challenger']:.4f}, a gain of {found['gain']:+.4f} "
-             f"({rule.level:.0%} from {found['low']:+.4f} to {found['high']:+.4f}); above 0 and at least {least:g} is asked.")
-    return _check(name, found['low'] > 0 and found['gain'] >= least, words)
+def _better(figures:Mapping[str, Mapping[str, float]], by:Sequence[str], rule:GateRule, name:str='better')->dict[str, Any]:
+    "Is a gain real, and large enough to matter?"
+    won = [kind for kind in by if figures[kind]['low'] > 0 and figures[kind]['gain'] >= rule.least_gain[kind]]
+    told = []
+    for kind in won or by:
+        one = figures[kind]
+        told.append(f"{_TITLES[kind]} {one['champion']:.4f} to {one['challenger']:.4f}, a gain of {one['gain']:+.4f} ({rule.level:.0%} from {one['low']:+.4f} "
+                    f"to {one['high']:+.4f}), where above 0 and at least {rule.least_gain[kind]:g} is asked")
+    return _check(name, bool(won), f"{'; '.join(told)}.")
 
-# %% ../nbs/38_gate.ipynb #40b08f4f
-def _new_information(same:Mapping[str, Any], rule:GateRule)->dict[str, Any]:
+# %% ../nbs/38_gate.ipynb #5cf3018b
+def _new_information(same:Mapping[str, Mapping[str, float]], by:Sequence[str], rule:GateRule)->dict[str, Any]:
     "Is a model that saw no more rows than the champion better, too?"
-    check = _better({'auc': same}, 'auc', rule, 'new information')
+    check = _better(same, by, rule, 'new information')
     ended = ('A model of the same size is better, too: the gain is new information.' if check['passed'] else
-             'The gain comes from more rows, not from new information.')
+             'The gain, if any, comes from more rows, not from new information.')
     return check | {'passed': check['passed'] or rule.more_rows, 'words': f"With as many rows as the champion: {check['words']} {ended}"}
 
-# %% ../nbs/38_gate.ipynb #c3712bf0
-def _twin(champion:Scorer, twin:tuple[FeaturePlan, Predictor], frame:Frame, bad:npt.NDArray[np.float64], rule:GateRule, seed:int,
-          threads:int)->dict[str, float]:
-    "The order of a twin against the champion's."
+# %% ../nbs/38_gate.ipynb #24d3af93
+def _twin(champion:Scorer, challenger:Scorer, twin:tuple[FeaturePlan, Predictor], frame:Frame, bad:npt.NDArray[np.float64], rule:GateRule, seed:int,
+          threads:int)->dict[str, dict[str, float]]:
+    "A twin against the champion; it is calibrated as the challenger is, or as it came where points are probabilities."
     plan, model = twin
-    ours, theirs = (_placed(m.margin(p.frame(frame), threads)) for m, p in ((champion.predictor, champion.plan), (model, plan)))
-    return paired_bootstrap(bad, ours, theirs, None, rule.resamples, seed, rule.level)['auc']
+    pd = challenger.calibration.pd(model.margin(plan.frame(frame), threads))
+    found = paired_bootstrap(bad, champion.frame(frame, threads)['pd'], pd, None, rule.resamples, seed, rule.level)
+    return {name: found[name] for name in _TITLES}
 
-# %% ../nbs/38_gate.ipynb #ecf36afb
-def _placed(margin:npt.NDArray[np.float64])->npt.NDArray[np.float64]:
-    "Margins as numbers from 0 to 1 in the same order."
-    return np.unique(margin, return_inverse=True)[1] / max(len(margin), 1)
-
-# %% ../nbs/38_gate.ipynb #a5c87d12
+# %% ../nbs/38_gate.ipynb #e118428c
 def _not_worse(figures:Mapping[str, Mapping[str, float]], rule:GateRule)->list[dict[str, Any]]:
     "Calibration, log loss and money."
-    stated, loss, value = (figures[name] for name in ('stated', 'log_loss', 'value'))
-    return [_check('calibration', stated['gain'] >= -rule.calibration_margin,
+    stated, loss, value, area = (figures[name] for name in ('stated', 'log_loss', 'value', 'auc'))
+    return [_check('order', not area['high'] < 0, f"AUC {area['champion']:.4f} to {area['challenger']:.4f} ({area['low']:+.4f} to {area['high']:+.4f}); "
+                   'it may not be clearly worse.'),
+            _check('calibration', stated['gain'] >= -rule.calibration_margin,
                    f"The mean pd is {stated['champion'] * 100:.2f} points from the bad rate with the champion, {stated['challenger'] * 100:.2f} with "
                    f"the challenger; {rule.calibration_margin * 100:g} more is allowed."),
             _check('log loss', not loss['high'] < 0, f"Log loss {loss['champion']:.4f} to {loss['challenger']:.4f}, a gain of {loss['gain']:+.4f} "

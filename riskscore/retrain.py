@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows', 'latest_applications', 'history_blocks',
-           'recent_from_file', 'recent_from_table', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory', 'Challenger',
-           'train_challenger', 'recalibrate']
+           'recent_from_file', 'recent_from_table', 'unseen', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory',
+           'Challenger', 'train_challenger', 'recalibrate']
 
 # %% ../nbs/33_retrain.ipynb #b4bca22a
 import json
@@ -215,6 +215,22 @@ def recent_from_table(
     names, target = [c.name for c in contract.columns.values()], _target(contract)
     frame = read_columns(path, contract, names)
     return _ordered(contract, frame, np.isfinite(frame[target]))
+
+# %% ../nbs/33_retrain.ipynb #d40b2de6
+def unseen(
+    recent:Recent, # outcomes
+    history:Blocks, # what the champion learnt from
+    contract:Contract, # names the id
+)->Recent: # without those that history holds, by their id
+    "Leaves out what the champion has learnt from."
+    if contract.id is None or not recent.rows:
+        return recent
+    name = contract.id.name
+    ids = recent.frame[name].tolist()
+    known = set(ids) & {value for frame in history() for value in frame[name].tolist()}
+    fresh = np.array([value is None or value not in known for value in ids])
+    left_out = {**recent.left_out, **({'in history already': int((~fresh).sum())} if not fresh.all() else {})}
+    return replace(recent.part(fresh), left_out=left_out)
 
 # %% ../nbs/33_retrain.ipynb #24a58c41
 def hold_back(

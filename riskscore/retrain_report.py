@@ -29,7 +29,7 @@ def retrain_conclusion(
     notes = [evidence['note']] if evidence.get('note') else []
     return [f'**{first}.** {rest}', f"Next: {evidence['next']}", *notes], _TONES[evidence['decision']]
 
-# %% ../nbs/46_retrain_report.ipynb #8bafc12b
+# %% ../nbs/46_retrain_report.ipynb #bdc5e4d9
 def evidence_tiles(
     evidence:Mapping[str, Any], # as consider gives it
 )->str: # HTML
@@ -38,7 +38,7 @@ def evidence_tiles(
     figures = {'Cause': evidence['cause']['kind'], 'Recent outcomes': evidence['recent']['outcomes']}
     notes = {'Cause': f"action: {evidence['cause']['action']}", 'Recent outcomes': _left_out(evidence['recent']['left_out'])}
     if new and gate.get('figures'):
-        by = gate['by']
+        by = gate['by'][0]
         figures |= {'Judged by': new['judged'], 'AUC': gate['figures']['auc']['challenger'], 'Gain': gate['figures'][by]['gain']}
         notes |= {'Judged by': 'outcomes that neither model has seen', 'AUC': f"of the challenger; champion {gate['figures']['auc']['champion']:.3f}",
                   'Gain': f"in {'AUC' if by == 'auc' else 'log loss'}, {gate['rule']['level']:.0%} from {_signed(gate['figures'][by]['low'])} "
@@ -66,7 +66,7 @@ def check_section(
     return str(show_table({'requirement': [c['name'].capitalize() for c in checks], 'answer': ['✓\xa0passed' if c['passed'] else '✕\xa0failed' for c in checks],
                            'figures': [c['words'] for c in checks]}, 'What a challenger must fulfil').data)
 
-# %% ../nbs/46_retrain_report.ipynb #f15ce718
+# %% ../nbs/46_retrain_report.ipynb #463c5bd3
 def gain_section(
     evidence:Mapping[str, Any], # as consider gives it
 )->str: # HTML; empty when no challenger was judged
@@ -74,7 +74,7 @@ def gain_section(
     gate = evidence['gate'] or {}
     if not gate.get('figures'):
         return ''
-    found = {'challenger': gate['figures']['auc'], **({'twin, as many rows as the champion': gate['twin']} if gate['twin'] else {})}
+    found = {'challenger': gate['figures']['auc'], **({'twin, as many rows as the champion': gate['twin']['auc']} if gate['twin'] else {})}
     table = {'model': np.array(list(found), dtype=object), **{f'gain{end}': np.array([f[key] for f in found.values()], dtype=float)
                                                               for end, key in (('', 'gain'), ('_low', 'low'), ('_high', 'high'))}}
     chart = show_figure(forest_figure(table, 'gain', 'Gain in AUC over the champion', names='model', line=0, form='+.3f'),

@@ -189,7 +189,7 @@ def test_the_level_of_risk_asks_for_a_calibration_and_keeps_the_trees(tmp_path):
     concept = {'alarm': True, 'outcomes': recent.rows, 'calibration': {'alarm': True, 'suspects': [{'family': 'level', 'view': 'more bad than said'}]},
                'ranking': {'alarm': False}}
     evidence = world.consider(recent, world.verdict(seen), concept)
-    assert evidence['decision'] == 'promoted' and evidence['challenger']['recalibrated'] and evidence['gate']['by'] == 'log_loss'
+    assert evidence['decision'] == 'promoted' and evidence['challenger']['recalibrated'] and evidence['gate']['by'] == ['log_loss']
     old, new = load_bundle(world.start), load_bundle(world.pointer)
     assert new.predictor.to_bytes() == old.predictor.to_bytes() and new.policy == old.policy
     assert evidence['gate']['figures']['stated']['challenger'] < evidence['gate']['figures']['stated']['champion']

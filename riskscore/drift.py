@@ -112,7 +112,7 @@ def _field(records:Sequence[Mapping[str, Any]], name:str)->list[Any]:
     except KeyError as error:
         raise RiskError(f'An application lacks the column {error}, which the reference watches.') from error
 
-# %% ../nbs/12_drift.ipynb #761d3a5b
+# %% ../nbs/12_drift.ipynb #caca5d7a
 class _Plan(NamedTuple):
     "What of a reference is looked up again and again."
 
@@ -121,20 +121,25 @@ class _Plan(NamedTuple):
     bins: npt.NDArray[np.intp]  # (cells,) number of the bin of each cell, over all parts
     first: npt.NDArray[np.intp]  # (parts,) first bin of each
     part: npt.NDArray[np.intp]  # (bins,) whose bin it is
+    home: npt.NDArray[np.intp]  # (bins,) the bin that it joins when it is too empty
     unseen: npt.NDArray[np.bool_]  # (cells,)
     outside: npt.NDArray[np.bool_]  # (cells,)
     known: npt.NDArray[np.bool_]  # (cells,) of a number that is not null
 
-# %% ../nbs/12_drift.ipynb #727df817
+# %% ../nbs/12_drift.ipynb #7402f985
 @lru_cache(maxsize=16)
 def _plan(reference:DriftReference)->_Plan:
     "The plan of a reference."
     parts, columns = reference.parts, list(reference.columns.values())
     sizes = [int(p.bins.max()) + 1 for p in parts]
     first = np.cumsum([0, *sizes])[:-1]
+    home = np.arange(sum(sizes))
+    for start, size, p in zip(first, sizes, parts, strict=True):
+        if p.form != 'grid' and p.kind != 'flag':
+            home[start:start + size - 2] = start + size - 2  # that of the rare and the unseen
     known = [(np.arange(len(p.counts)) < len(p.counts) - 1) & (p.form != 'levels') for p in parts]
     return _Plan([i for i, c in enumerate(columns) if c.form != 'levels'], [i for i, c in enumerate(columns) if c.form == 'levels'],
-                 np.concatenate([p.bins + start for p, start in zip(parts, first, strict=True)]), first, np.repeat(np.arange(len(parts)), sizes),
+                 np.concatenate([p.bins + start for p, start in zip(parts, first, strict=True)]), first, np.repeat(np.arange(len(parts)), sizes), home,
                  np.concatenate([unseen_cells(p) for p in parts]), np.concatenate([outside_cells(p) for p in parts]), np.concatenate(known))
 
 # %% ../nbs/12_drift.ipynb #25b2d1b9
@@ -228,12 +233,22 @@ class _Distances(NamedTuple):
     p_ks: npt.NDArray[np.float64]
     worst: npt.NDArray[np.intp]  # bin that adds most to the index
 
-# %% ../nbs/12_drift.ipynb #c2fec27e
+# %% ../nbs/12_drift.ipynb #eacc6d2b
+_FEW = 12
+
+
+def _bin_counts(plan:_Plan, before:npt.NDArray[np.int64], now:npt.NDArray[np.int64], few:npt.NDArray[np.float64])->tuple[npt.NDArray[Any], ...]:
+    "(bins,) rows of history and now; bins of which both hold up to `few` (parts,) are empty, and their rows with the rare ones."
+    counts = [np.bincount(plan.bins, c, minlength=len(plan.part)) for c in (before, now)]
+    home = np.where(counts[0] + counts[1] <= few[plan.part], plan.home, np.arange(len(plan.part)))
+    return tuple(np.bincount(home, c, minlength=len(plan.part)) for c in counts)
+
+# %% ../nbs/12_drift.ipynb #dfe47a19
 def _distances(reference:DriftReference, flat:npt.NDArray[np.int64], alpha:float)->_Distances:
     "Compares a window with history."
     plan, starts = _plan(reference), reference.starts[:-1]
     n, m = np.add.reduceat(reference.flat, starts), np.add.reduceat(flat, starts)
-    before, now = (np.bincount(plan.bins, c, minlength=len(plan.part)) for c in (reference.flat, flat))
+    before, now = _bin_counts(plan, reference.flat, flat, _FEW * (1 + m / n))
     used = (before + now) > 0
     k = np.add.reduceat(used.astype(np.int64), plan.first)
     p, q = (np.where(used, c + 0.5, 1) / np.where(used, (size + 0.5 * k)[plan.part], 1) for c, size in ((before, n), (now, m)))

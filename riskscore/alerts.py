@@ -28,7 +28,7 @@ from .store import Store
 # %% ../nbs/16_alerts.ipynb #88ccc1a1
 log = logging.getLogger(__name__)
 
-# %% ../nbs/16_alerts.ipynb #667822e2
+# %% ../nbs/16_alerts.ipynb #531f11d1
 class Alert(NamedTuple):
     "What somebody has to be told."
 
@@ -37,7 +37,7 @@ class Alert(NamedTuple):
     subject: str  # what it is about, such as a window
     content: Mapping[str, Any]  # the facts, as JSON holds them
 
-
+# %% ../nbs/16_alerts.ipynb #ef02ad3b
 def alert_rows(
     alerts:Sequence[Alert], # to be told
     send:bool, # is there somebody to tell?
@@ -93,7 +93,7 @@ def sign(
     "Says who sends, and when."
     return f't={at},v1={hmac.new(secret, b"%d." % at + body, hashlib.sha256).hexdigest()}'
 
-# %% ../nbs/16_alerts.ipynb #a8fd510b
+# %% ../nbs/16_alerts.ipynb #22c13052
 class _Straight(HTTPRedirectHandler):
     "Takes a redirect for a refusal."
 
@@ -101,7 +101,7 @@ class _Straight(HTTPRedirectHandler):
         "Nowhere."
         return None
 
-
+# %% ../nbs/16_alerts.ipynb #3999712b
 def post_alert(
     url:str, # where to
     secret:bytes, # signs it

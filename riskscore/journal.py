@@ -147,7 +147,7 @@ class _Turns:
         os.close(self.next)
         os.close(self.turn)
 
-# %% ../nbs/13_journal.ipynb #dd34f953
+# %% ../nbs/13_journal.ipynb #fa784ede
 _STATES = 'SELECT name, value, version FROM state ORDER BY name'
 
 
@@ -169,8 +169,7 @@ class _Book:
         self.stopped, self.looked_at = False, 0.0
         self.counts: dict[tuple[str, str, str], int] = {}
         self.follow: deque[Entry | int] | None = None  # where decisions go when they are stored
-        self.riders: list[_Rider] = []
-        self.window = 3600.0
+        self.riders, self.window = list[_Rider](), 3600.0
 
     def execute(self, statement: str, values: Sequence[Any] = ()) -> Any:  # a cursor
         "Runs a statement; connects first when there is no connection."
@@ -470,11 +469,11 @@ class _Rider(NamedTuple):
     write: Callable[[Callable[..., Any], str], Any]  # takes the function that executes, and the mark of a value
     future: 'Future[Any]'  # of what it gives
 
-# %% ../nbs/13_journal.ipynb #5777a0df
+# %% ../nbs/13_journal.ipynb #c4b227b2
 class _RiderFell(RuntimeError):
     "What somebody else wanted to write cannot be written."
 
-
+# %% ../nbs/13_journal.ipynb #d2200baa
 def _ride(book:_Book)->list[Any]:
     "Lets the riders write; gives what they gave."
     try:
@@ -670,7 +669,7 @@ class _Running:
                 self._checkpoints.stop.set()
                 self._checkpoints.join()
 
-# %% ../nbs/13_journal.ipynb #f3f857d7
+# %% ../nbs/13_journal.ipynb #1bc80f9c
 class Journal(_Running):
     "Stores answers for an event loop."
 
@@ -716,13 +715,7 @@ class Journal(_Running):
 
     def carry(self, write: Callable[[Callable[..., Any], str], Any]) -> 'Future[Any]':
         "Calls `write(execute, mark)` in the next transaction, soon; what it gives is told when that is durable, and not done again when it fails."
-        future: Future[Any] = Future()
-        if not self._open:
-            future.set_exception(StoreUnavailable('The journal is closed: the service is stopping.'))
-            return future
-        self._carried.append(_Rider(write, future))
-        self._queue.put([])  # wakes the thread
-        return future
+        return _carry(self, write)
 
     async def note(self, actor: str, event: str, subject: str, content: Any, state: tuple[str, Any, int | None] | None = None) -> int:
         "Adds to the audit trail, and changes a state (name, value, expected version or None) with it; gives the note's number in the chain."
@@ -733,6 +726,17 @@ class Journal(_Running):
         if isinstance(result := await future, Exception):
             raise result
         return result
+
+# %% ../nbs/13_journal.ipynb #1914de3f
+def _carry(journal:_Running, write:Callable[[Callable[..., Any], str], Any])->'Future[Any]':
+    "Takes a rider, and wakes the thread."
+    future: Future[Any] = Future()
+    if journal._open:
+        journal._carried.append(_Rider(write, future))
+        journal._queue.put([])
+    else:
+        future.set_exception(StoreUnavailable('The journal is closed: the service is stopping.'))
+    return future
 
 # %% ../nbs/13_journal.ipynb #c1b9beb2
 def _accept(journal:Journal, entries:Sequence[Entry], more:int=0)->asyncio.Future[list[Answer|Exception]]:

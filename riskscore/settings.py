@@ -90,11 +90,10 @@ def _setting(default:Any, note:str, low:float|None=None, high:float|None=None, o
     "A field with its meaning and its limits."
     return field(default=default, repr=not secret, metadata={'note': note, 'low': low, 'high': high, 'options': options})
 
-# %% ../nbs/10_settings.ipynb #7b969120
+# %% ../nbs/10_settings.ipynb #2ef5980f
 @dataclass(frozen=True)
 class Settings:
     "How the service runs; each is the environment variable RISKSCORE_ and its name in capitals."
-
     model: str = _setting('data/models/champion.json', 'the champion: a pointer file, or a folder with a bundle')
     challenger: str | None = _setting(None, 'a second model that is scored in shadow, never answered')
     shadow: bool = _setting(True, 'score the challenger, when there is one')

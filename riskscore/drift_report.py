@@ -7,7 +7,7 @@ __all__ = ['DRIFT_CSS', 'column_light', 'window_state', 'drift_conclusion', 'dri
            'column_charts', 'window_section', 'money_section', 'answer_section', 'segment_section',
            'performance_section', 'advice_section', 'figures_section', 'drift_sections', 'drift_page']
 
-# %% ../nbs/46_drift_report.ipynb #56f02532
+# %% ../nbs/46_drift_report.ipynb #27247171
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -15,7 +15,6 @@ from typing import Any
 from . import __version__
 from .core import listing
 from .drift_plots import drift_share_figure, evolution_figure, parts_figure, shares_figure
-from .exporter import _anchored, _contents, _page, _words
 from .reports import escape, key_figures, short_numbers, show_figure, show_money, show_table, show_value
 
 # %% ../nbs/46_drift_report.ipynb #a32ae4e5
@@ -387,12 +386,14 @@ def drift_sections(
     intros = {title: f'<p>{escape(intro)}</p>' if intro else '' for title, (intro, _) in _PARTS.items()}
     return {title: f'<h2>{escape(title)}</h2>{intros[title]}{make(findings)}' for title, (_, make) in _PARTS.items()}
 
-# %% ../nbs/46_drift_report.ipynb #03e92f18
+# %% ../nbs/46_drift_report.ipynb #ec7164e5
 def drift_page(
     findings:Mapping[str, Any], # of `compare_samples`
     made:str='', # when and by what, for the foot
 )->str: # a whole HTML page that needs nothing else
     "The report for a browser."
+    from riskscore.exporter import _anchored, _contents, _page, _words  # a second of imports, and a notebook is exported elsewhere
+
     paragraphs, tone = drift_conclusion(findings)
     notes = ''.join(f'<li>{escape(note)}</li>' for note in findings.get('notes') or [])
     body = (f'<style>{DRIFT_CSS}</style><h1>Have the applications changed?</h1>'

@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'watch_outcomes']
 
-# %% ../nbs/14_matured.ipynb #2b84d2f0
+# %% ../nbs/14_matured.ipynb #e8d34992
 import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -161,7 +162,7 @@ def _name(scorer:Scorer)->str:
     "Under which the tests of a model version are kept."
     return f'outcomes {scorer.version}'
 
-# %% ../nbs/14_matured.ipynb #e655e746
+# %% ../nbs/14_matured.ipynb #7cac3beb
 def _recall(store:Store, scorer:Scorer, settings:_Settings, threads:int)->_Kept:
     "The tests as they were left; new ones at the first look and with other settings."
     k = store.tables['kept']
@@ -170,10 +171,11 @@ def _recall(store:Store, scorer:Scorer, settings:_Settings, threads:int)->_Kept:
     held = json.loads(row.value) if row else {}
     version = row.version if row else 0
     if held.get('settings') == vars(settings):
-        tests = from_state(held['calibration']), from_state(held['ranking'])
-        return _Kept(settings, version, list(held['after']), np.array(held['histogram']), *tests, held['auc'])  # type: ignore[arg-type]
+        with suppress(RiskError):  # of an older version of this package
+            tests = from_state(held['calibration']), from_state(held['ranking'])
+            return _Kept(settings, version, list(held['after']), np.array(held['histogram']), *tests, held['auc'])  # type: ignore[arg-type]
     if held:
-        log.info('The tests of outcomes begin anew: their settings were %s.', held.get('settings'))
+        log.warning('The tests of outcomes begin anew with all outcomes: what was kept is of other settings, %s, or of another version.', held.get('settings'))
     calibration = CalibrationTest(settings.alpha / 2, settings.tolerance, _watched(store, scorer, threads))
     bins = len(_reference(scorer)['goods'])
     return _Kept(settings, version, ['', ''], np.zeros(bins, dtype=np.int64), calibration, RankingTest(settings.alpha / 2, settings.auc_tolerance),

@@ -377,6 +377,21 @@ def test_an_erased_application_counts_for_level_only_and_other_settings_begin_an
     opened.close()
 
 
+def test_a_state_of_other_bettors_begins_anew(tmp_path, scorer, caplog):
+    opened = open_store(f'sqlite:///{tmp_path}/log.db')
+    ids, pd, _ = decide(opened, scorer, 120)
+    report(opened, ids, np.zeros(len(ids)), 10)
+    first, k = watch_outcomes(opened, scorer, **UNTIL), opened.tables['kept']
+    with opened.write() as connection:
+        held = json.loads(connection.scalar(sa.select(k.c.value)))
+        held['calibration']['course']['log_capital'].append(0.0)
+        connection.execute(k.update().values(value=json.dumps(held)))
+    again = watch_outcomes(opened, scorer, **UNTIL)
+    assert again == first and 'begin anew' in caplog.text
+    assert watch_outcomes(opened, scorer, **UNTIL)['new'] == 0
+    opened.close()
+
+
 def test_the_reference_auc_is_that_of_those_who_were_approved(tmp_path, scorer):
     rng = np.random.default_rng(8)
     history = rng.beta(1, 3, 20_000)

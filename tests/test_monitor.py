@@ -228,6 +228,7 @@ def test_a_leader_that_lost_its_lease_does_nothing_twice(place, pointer, model):
 
     async def run() -> list[Round]:
         async with working(settings, lease=-1.0) as one, working(settings, lease=-1.0) as two:  # both believe that they lead
+            take_lease(one.store, 'somebody before', -1.0)
             return await asyncio.gather(one.round(), two.round())
 
     told = asyncio.run(run())

@@ -258,16 +258,17 @@ def power_rows(peers, rng, reps=200):
     from riskscore.drift import count_frame, judge_drift
     from riskscore.reference import fit_reference
     for case, (column, rows, _) in POWER.items():
-        found = stops = 0
+        found = alarmed = stops = 0
         for _ in range(reps):
             contract, history, window = shocked(case, rng)
             reference = fit_reference(contract, history.__getitem__)
             verdict = judge_drift(reference, count_frame(reference, window))
             entry = next(e for e in verdict['columns'] if e['column'] == column)
             found += entry['verdict'] in ('material', 'immaterial')
+            alarmed += entry['p_combined'] < 0.01
             stops += verdict['stop']
         others = [_found(peers, case, tool, column) for tool in TOOLS]
-        yield f'found: {case}', rows, reps, 'found', f'{found / reps:.0%}, stops {stops / reps:.0%}', *others
+        yield f'found: {case}', rows, reps, 'found', f'{found / reps:.1%} ({alarmed / reps:.1%} before correction), stops {stops / reps:.0%}', *others
 
 
 # ---------------------------------------------------------------- the other tools

@@ -5,12 +5,13 @@
 # %% auto #0
 __all__ = ['log', 'LEASE', 'GRACE', 'EVOLUTION', 'take_lease', 'windows_to_close', 'Round', 'Monitor', 'rounds']
 
-# %% ../nbs/19_monitor.ipynb #8212a681
+# %% ../nbs/19_monitor.ipynb #1bfc6b94
 import asyncio
 import json
 import logging
 import time
 from collections.abc import AsyncIterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -30,7 +31,7 @@ from .matured import watch_outcomes
 from .operations import last_verdict, rule_of, set_stop, stop_state
 from .reference import DriftReference, reference_from_bytes
 from .settings import Settings, webhook_secret
-from .store import Store, open_store
+from .store import Store, StoreUnavailable, open_store
 from .windows import Watched, WindowSums, catch_up, window_of
 
 # %% ../nbs/19_monitor.ipynb #e0738585
@@ -138,7 +139,7 @@ class Round:
         parts += [self.outcomes['words']] if self.outcomes else []
         return '; '.join([*parts, *([f'{self.sent} alerts sent'] if self.sent else [])])
 
-# %% ../nbs/19_monitor.ipynb #a8f2655a
+# %% ../nbs/19_monitor.ipynb #3489e6ef
 class Monitor:
     "One monitor of a service's store."
 
@@ -174,8 +175,8 @@ class Monitor:
 
     async def close(self) -> None:
         "Lets another one lead at once."
-        if take_lease(self.store, self.journal.writer, 0.0):
-            log.debug('The lease is given back.')
+        with suppress(StoreUnavailable):  # then it runs out
+            await asyncio.to_thread(take_lease, self.store, self.journal.writer, 0.0)
         await asyncio.to_thread(self.journal.close)
         self.store.close()
 

@@ -164,7 +164,7 @@ class _Duration(click.ParamType):
             self.fail(f'{value} is no length of time such as 30s, 15m, 24h or 7d, from a second to 31 days.', param, ctx)
         return float(found[1]) * _UNITS[found[2]]
 
-# %% ../nbs/50_operate.ipynb #a6a19be6
+# %% ../nbs/50_operate.ipynb #d0b1766c
 @click.command(short_help='Close monitoring windows: verdicts, alerts, emergency stop.', epilog='Example: riskscore monitor --every 1h --window 24h')
 @click.option('--every', type=_Duration(), help='Time between rounds; windows are closed when they end in any case.  [default: a window]')
 @click.option('--window', type=_Duration(), help='Length of a window.  [default: 24h, or what the service is set to]')
@@ -188,6 +188,8 @@ def monitor(
 
     settings = _settings(window_seconds=window, **given)
     _existing(settings.store)
+    if window and window < 3600 and _settings(**given).window_seconds != window:
+        raise RiskError('The service counts by the hour. For shorter windows set RISKSCORE_WINDOW_SECONDS for the service and for the monitor.')
     if not logging.getLogger().handlers:  # nobody else has said where logs go
         logging.config.dictConfig(log_config(settings))
     ctx.exit(asyncio.run(_watch(settings, every or settings.window_seconds, once)))

@@ -240,8 +240,13 @@ def test_the_status_is_that_of_the_counts(tmp_path, pointer, model):
         assert status['drift']['rows'] == status['decisions'] == 240 and status['drift']['broken'] == expected['broken'] == ['income']
         assert {c['column']: c['psi'] for c in status['drift']['columns']} == pytest.approx({c['column']: c['psi'] for c in expected['columns']})
         assert status['drift_share'] == expected['drift_share'] and status['verdict'].startswith('provisional: Stop') and not status['stopped']
-        assert client.get('/alerts').json == []
         store.close()
+        assert client.get('/alerts').json == []
+        for path in ('/emergency-stop', '/emergency-stop', '/emergency-stop/resume'):  # the second changes nothing
+            assert client.post(path, {'reason': 'a test'}).status == 200
+        told = client.get('/alerts').json
+        assert [(a['kind'], a['severity'], a['content']) for a in told] == [('resumed', 'warning', {'by': 'local'}), ('stopped', 'critical', {'by': 'local'})]
+        assert client.get('/alerts?severity=info').json == [] and client.get('/alerts?limit=1').json == told[:1]
 
 
 def killed_and_counted(folder: Path, pointer: Path, model: FastScorer, times: int, workers: int) -> int:

@@ -351,6 +351,8 @@ def test_the_command_says_in_its_exit_code_what_it_found(here, tmp_path, pointer
         told = CliRunner().invoke(command, arguments)
         assert told.exit_code == code, told.output
         assert told.stdout.startswith(f'{DAY}{hour:02d}:00:00') and len(told.stdout.splitlines()) == 1
+    short = CliRunner().invoke(command, ['--once', '--window', '10s', *arguments[3:]])  # the service counts by the hour
+    assert isinstance(short.exception, RiskError) and 'RISKSCORE_WINDOW_SECONDS' in str(short.exception)
     missing = CliRunner().invoke(command, [*arguments[:-1], str(tmp_path / 'nowhere.json')])
     assert isinstance(missing.exception, RiskError) and 'There is no model' in str(missing.exception)
 

@@ -29,6 +29,7 @@ from .core import Frame, RiskError, canonical_json, digest_bytes, frame_rows
 from .datasets import open_table, read_columns, read_frames, read_table, table_schema
 from .decisions import REVIEWS
 from .fast import Reader, Refused
+from .feature_sets import feature_expressions  # noqa: F401  # a plan is fitted anew: the sets that a contract asks for have to be declared
 from .features import FeaturePlan, fit_plan
 from .matrix import Prepared, prepare_dataset, write_features
 from .metrics import metric_set

@@ -141,7 +141,7 @@ def reference_of(
         return reference_from_bytes(champion.drift)
     return fit_reference(champion.contract, lambda name: np.concatenate([frame[name] for frame in history()]))
 
-# %% ../nbs/38_gate.ipynb #7fb23cd5
+# %% ../nbs/38_gate.ipynb #ee09589a
 @dataclass(frozen=True)
 class GateRule:
     "What a challenger must fulfil."
@@ -150,7 +150,8 @@ class GateRule:
     resamples: int = 2_000
     least_outcomes: int = 200  # held back
     least_of_class: int = 30  # goods, and bads, among them
-    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.01, 'log_loss': 0.005})
+    least_gain: Mapping[str, float] = field(default_factory=lambda: {'auc': 0.005, 'log_loss': 0.002})
+    learning_noise: float = 0.5  # a gain must also be this by the root of the champion's rows
     calibration_margin: float = 0.01  # by which the mean pd may be farther from the bad rate than the champion's
     group_rows: int = 100  # outcomes of a group that is judged
     group_of_class: int = 10  # goods, and bads, among them
@@ -219,7 +220,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
     return found
 
-# %% ../nbs/38_gate.ipynb #7ea489f8
+# %% ../nbs/38_gate.ipynb #0c047a69
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -250,7 +251,8 @@ def gate(
     decided = [scorer.frame(asked, threads)['decision'] for scorer in (champion, challenger)]
     found |= {'figures': figures, 'twin': same, 'groups': _groups(champion.contract, seen, rule), 'swap': _swap(bad, seen),
               'approvals': _approvals(champion.contract, asked, decided, rule) | {'everybody': asked is not frame}}
-    checks = [enough, _better(figures, by, rule), *([_new_information(same, by, rule)] if same else []), *_not_worse(figures, rule),
+    least = {kind: _least_gain(kind, rows.get('history', 0), rule) for kind in by}
+    checks = [enough, _better(figures, least, rule), *([_new_information(same, least, rule)] if same else []), *_not_worse(figures, rule),
               *_fair(found, rule), _canary_check(found['canary'])]
     return _plain(found | {'checks': checks, 'passed': all(check['passed'] for check in checks)})
 
@@ -288,22 +290,27 @@ def _canary_check(found:Mapping[str, Any])->dict[str, Any]:
     "Did the challenger learn from a feed that works?"
     return _check('canary', found['passed'], ' '.join([found['words'], *(f'{name}: {why}.'.replace('..', '.') for name, why in found['broken'].items())]))
 
-# %% ../nbs/38_gate.ipynb #11c3c920
+# %% ../nbs/38_gate.ipynb #7d64c6cb
+def _least_gain(kind:str, rows:int, rule:GateRule)->float:
+    "What a gain must be, with so many rows of history; 0: not known."
+    return max(rule.least_gain[kind], rule.learning_noise / np.sqrt(rows) if rows else 0.0)
+
+# %% ../nbs/38_gate.ipynb #14db0cee
 _TITLES = {'auc': 'AUC', 'log_loss': 'log loss'}
 
 
-def _better(figures:Mapping[str, Mapping[str, float]], by:Sequence[str], rule:GateRule, name:str='better')->dict[str, Any]:
+def _better(figures:Mapping[str, Mapping[str, float]], by:Mapping[str, float], rule:GateRule, name:str='better')->dict[str, Any]:
     "Is a gain real, and large enough to matter?"
-    won = [kind for kind in by if figures[kind]['low'] > 0 and figures[kind]['gain'] >= rule.least_gain[kind]]
+    won = [kind for kind, least in by.items() if figures[kind]['low'] > 0 and figures[kind]['gain'] >= least]
     told = []
     for kind in won or by:
         one = figures[kind]
         told.append(f"{_TITLES[kind]} {one['champion']:.4f} to {one['challenger']:.4f}, a gain of {one['gain']:+.4f} ({rule.level:.0%} from {one['low']:+.4f} "
-                    f"to {one['high']:+.4f}), where above 0 and at least {rule.least_gain[kind]:g} is asked")
+                    f"to {one['high']:+.4f}), where above 0 and at least {by[kind]:.4f} is asked")
     return _check(name, bool(won), f"{'; '.join(told)}.")
 
-# %% ../nbs/38_gate.ipynb #5cf3018b
-def _new_information(same:Mapping[str, Mapping[str, float]], by:Sequence[str], rule:GateRule)->dict[str, Any]:
+# %% ../nbs/38_gate.ipynb #51a1ccaa
+def _new_information(same:Mapping[str, Mapping[str, float]], by:Mapping[str, float], rule:GateRule)->dict[str, Any]:
     "Is a model that saw no more rows than the champion better, too?"
     check = _better(same, by, rule, 'new information')
     ended = ('A model of the same size is better, too: the gain is new information.' if check['passed'] else

@@ -74,7 +74,7 @@ def _lines(evidence:Mapping[str, Any])->list[str]:
     return [*lines, f"Cause: {evidence['cause']['kind']}, action: {evidence['cause']['action']}; {evidence['recent']['outcomes']:,} recent outcomes"
             + (f', left out: {left_out}' if left_out else '') + f". Evidence {evidence['digest'][:16]}."]
 
-# %% ../nbs/50_retraining.ipynb #92f1a4ea
+# %% ../nbs/50_retraining.ipynb #62531739
 @click.command(short_help='Ask for the cause of a change, and train a challenger if it helps.',
                epilog='Example: riskscore retrain --history data/split/history.parquet --folder data/serving --report retrain.html')
 @click.option('--history', default='data/split/history.parquet', show_default=True, help='What the model learnt from: a typed table, or a file.')
@@ -84,7 +84,7 @@ def _lines(evidence:Mapping[str, Any])->list[str]:
 @click.option('--drift-report', help='The report of the monitor.  [default: that of the folder]')
 @_POINTER
 @click.option('--accept', multiple=True, help='A column that looks broken, and that you have found right; may be repeated.')
-@click.option('--least-gain', type=click.FloatRange(0, 1), default=0.01, show_default=True, help='AUC by which a challenger must be better.')
+@click.option('--least-gain', type=click.FloatRange(0, 1), default=0.005, show_default=True, help='AUC by which a challenger must be better at least.')
 @click.option('--cool-down', type=click.FloatRange(0), default=30.0, show_default=True, help='Days of rest after a change of the model.')
 @click.option('--force', is_flag=True, help='Train without a cause and without rest; a broken feed and the gate still stop it.')
 @click.option('--dry-run', is_flag=True, help='Say what would be done, and change nothing.')

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['log', 'LEASE', 'GRACE', 'EVOLUTION', 'take_lease', 'windows_to_close', 'Round', 'Monitor', 'rounds']
 
-# %% ../nbs/19_monitor.ipynb #1bfc6b94
+# %% ../nbs/19_monitor.ipynb #c9a87b74
 import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -184,7 +184,7 @@ class Monitor:
         "Closes what is over, and tells what there is to tell."
         return await _round(self)
 
-# %% ../nbs/19_monitor.ipynb #ae117ba5
+# %% ../nbs/19_monitor.ipynb #69a79223
 async def _round(monitor:Monitor)->Round:
     "The work of the leader."
     store, name = monitor.store, monitor.journal.writer
@@ -194,20 +194,29 @@ async def _round(monitor:Monitor)->Round:
     if monitor.champion.model:
         monitor.bundles.setdefault(monitor.scorer.version, Watched.of(monitor.champion.model))
     until = window_of(_earlier(monitor.grace), monitor.window)[0]
-    told = Round(counted=await asyncio.to_thread(catch_up, store, monitor.bundles, name, until, monitor.window))
-    told.outcomes = await asyncio.to_thread(_watch_outcomes, monitor)
+    told = Round(counted=await _tried(catch_up, store, monitor.bundles, name, until, monitor.window) or 0)
     windows = await asyncio.to_thread(windows_to_close, store, monitor.window, until)
     acting = await asyncio.to_thread(_acting, monitor, windows)
     for window in windows:
         if not await asyncio.to_thread(take_lease, store, name, monitor.lease):
             return told
         await _close(monitor, window, window == acting, told)
+    told.outcomes = await _tried(_watch_outcomes, monitor)
     told.last = await asyncio.to_thread(last_verdict, store)
     if windows or told.outcomes:
         await asyncio.to_thread(_write_report, monitor, told)
     if monitor.secret is not None and monitor.settings.webhook_url:
         told.sent = (await asyncio.to_thread(send_due, store, monitor.settings.webhook_url, monitor.secret))[0]
     return told
+
+# %% ../nbs/19_monitor.ipynb #9a84d621
+async def _tried(act:Callable[..., Any], *what:Any)->Any:
+    "What comes of it; a part that the library refuses is logged, and holds up neither a stop nor the other parts."
+    try:
+        return await asyncio.to_thread(act, *what)
+    except RiskError as error:
+        log.error('A part of the round was left out (%s): %s', act.__name__, error)
+        return None
 
 # %% ../nbs/19_monitor.ipynb #030dcf06
 def _earlier(seconds:float)->str:

@@ -40,6 +40,11 @@ def model(pointer) -> FastScorer:
 
 @pytest.fixture(params=['sqlite', 'postgresql'])
 def place(request, tmp_path) -> Place:
+    return place_of(request, tmp_path)
+
+
+def place_of(request, tmp_path) -> Place:
+    "A database of the kind that is asked for."
     if request.param == 'sqlite':
         return Place(f'sqlite:///{tmp_path}/riskscore.db', tmp_path / 'anchors')
     server, name = request.getfixturevalue('cluster'), f'r{new_id()}'

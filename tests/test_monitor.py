@@ -17,7 +17,7 @@ from click.testing import CliRunner
 from running_service import service
 from service_load import eventually
 from test_journal import Place
-from test_live_drift import cluster, model, place, pointer  # noqa: F401, F811
+from test_live_drift import cluster, model, place_of, pointer  # noqa: F401
 from watched import KEY, decide, raw_rows
 
 from riskscore.alerts import list_alerts, sign
@@ -40,6 +40,11 @@ CALM, BROKEN = {}, {'income': None}
 
 def settings_of(where: Place, bundle: Path, **given) -> Settings:
     return Settings(model=str(bundle), folder=str(where.anchors.parent), store=where.url, ledger_key=KEY.decode(), **{'window_seconds': 3600.0, **given})
+
+
+@pytest.fixture(params=['sqlite', pytest.param('postgresql', marks=pytest.mark.slow)])
+def place(request, tmp_path) -> Place:
+    return place_of(request, tmp_path)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows'
            'recent_from_file', 'recent_from_table', 'unseen', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory',
            'Challenger', 'train_challenger', 'recalibrate']
 
-# %% ../nbs/33_retrain.ipynb #b4bca22a
+# %% ../nbs/33_retrain.ipynb #300d922b
 import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -143,15 +143,18 @@ def broken_windows(
         rows = connection.execute(sa.select(v.c.started_at, v.c.ended_at, v.c.content).order_by(v.c.started_at)).all()
     return [(row.started_at, row.ended_at) for row in rows if json.loads(row.content).get('broken')]
 
-# %% ../nbs/33_retrain.ipynb #ef91b08c
+# %% ../nbs/33_retrain.ipynb #003b8adb
 def latest_applications(
     store:Store, # the log
     contract:Contract, # of the model
+    leave_out:Sequence[tuple[str, str]]=(), # from and to of windows with a broken feed
     limit:int=20_000, # at most so many
 )->Frame: # typed; what no longer fits the contract is left out
     "What the latest applicants look like, whatever was decided."
     reader, d, people = Reader(contract), store.tables['decisions'], store.tables['applications']
     query = sa.select(people.c.content).join(d, d.c.request_id == people.c.request_id).order_by(d.c.received_at.desc()).limit(limit)
+    for start, end in leave_out:
+        query = query.where(sa.or_(d.c.received_at < start, d.c.received_at >= end))
     typed = []
     with store.read() as connection:
         for content in connection.scalars(query):

@@ -28,7 +28,7 @@ def _settings(folder:str|None, store:str|None)->'Settings':
     given = {name: value for name, value in (('folder', folder), ('store', store)) if value}
     return settings_from(os.environ, **given)
 
-# %% ../nbs/50_retraining.ipynb #1b80944d
+# %% ../nbs/50_retraining.ipynb #213058e7
 def _from_log(settings:'Settings', champion:'Scorer', threads:int)->tuple['Recent', 'Frame', dict[str, Any]]:
     "Recent outcomes, all recent applications, and what the test of outcomes says."
     from riskscore.matured import watch_outcomes
@@ -39,8 +39,9 @@ def _from_log(settings:'Settings', champion:'Scorer', threads:int)->tuple['Recen
     if path != settings.store and not os.path.isfile(path):  # which opening would make
         raise RiskError(f'There is no decision log at {path}. Name the folder of the service with --folder, or a file of outcomes with --outcomes.')
     log = open_store(settings.store)
-    recent = recent_from_store(log, champion.contract, broken_windows(log), settings.outcome_days)
-    return recent, latest_applications(log, champion.contract), watch_outcomes(log, champion, settings.outcome_days, threads=threads)
+    broken = broken_windows(log)
+    recent = recent_from_store(log, champion.contract, broken, settings.outcome_days)
+    return recent, latest_applications(log, champion.contract, broken), watch_outcomes(log, champion, settings.outcome_days, threads=threads)
 
 # %% ../nbs/50_retraining.ipynb #46a6b110
 def _matter(settings:'Settings', champion:'Scorer', outcomes:str|None, report:str|None, threads:int)->dict[str, Any]:

@@ -147,7 +147,7 @@ def test_every_answer_carries_safe_headers(desk):
 ACCESS = {'score': {'POST /predict', 'POST /predict_batch', 'GET /model', 'GET /drift-status', 'GET /policy', 'GET /emergency-stop', 'GET /health'},
           'label': {'POST /outcomes', 'GET /model', 'GET /drift-status', 'GET /policy', 'GET /emergency-stop', 'GET /health'}}
 ALL = {'POST /predict', 'POST /predict_batch', 'POST /outcomes', 'GET /decisions', 'GET /decisions/x', 'POST /decisions/x/review', 'GET /batches', 'GET /model',
-       'POST /model/reload', 'GET /policy', 'POST /policy', 'POST /policy/approve', 'GET /drift-status', 'GET /reviews', 'GET /emergency-stop',
+       'POST /model/reload', 'GET /policy', 'POST /policy', 'POST /policy/approve', 'GET /drift-status', 'GET /alerts', 'GET /reviews', 'GET /emergency-stop',
        'POST /emergency-stop', 'POST /emergency-stop/resume', 'GET /health'}
 
 

@@ -266,7 +266,8 @@ def test_bytes_that_almost_fit_are_refused():
     data, counts = SMALL.to_bytes(), SMALL_COUNTS.to_bytes()
     points = np.sort(SMALL.columns['half'].points)[:2].astype('<f8').tobytes()
     assert points in data
-    for wrong in (data + bytes(4), data.replace(points, points[8:] + points[:8]), data.replace(b'"rows":90', b'"rows":91'), data.replace(b'approve', b'improve')):
+    swapped = points[8:] + points[:8]
+    for wrong in (data + bytes(4), data.replace(points, swapped), data.replace(b'"rows":90', b'"rows":91'), data.replace(b'approve', b'improve')):
         with pytest.raises(RiskError):
             reference_from_bytes(wrong)
     for wrong in (counts[:-1] + b'\0', counts[:-1] + b'\xff', counts + b'\0', b''):

@@ -15,7 +15,7 @@ from riskscore.bundle import load_bundle
 ROOT = Path(__file__).resolve().parents[1]
 PLOOMBER = [sys.executable, '-c', 'from ploomber_cli.cli import cmd_router; cmd_router()']
 REPORTS = ['10_ingest', '20_split', '30_features', '35_gate', '40_train', '45_scorecard', '50_evaluate', '52_fairness', '53_reasons', '54_segments',
-           '56_rejects', '58_card', '60_score', '70_value', '80_monitor']
+           '56_rejects', '58_card', '60_score', '70_value', '80_monitor', '90_retrain']
 TASKS = [name[3:] for name in REPORTS]
 DUE = """import json; from ploomber.spec import DAGSpec
 dag = DAGSpec('pipeline.yaml').to_dag().render()
@@ -75,13 +75,13 @@ def test_a_build_leaves_reports_scores_and_a_champion(project):
 
 CODE = '\n\ndef _edited() -> int:\n    "Nothing."\n    return 1\n'
 PROSE = '\n# A comment changes no result.\n'
-TRAINED = ['train', 'scorecard', 'evaluate', 'fairness', 'reasons', 'segments', 'card', 'score', 'value', 'monitor']
-FROM = {'ingest': TASKS, 'split': TASKS[1:], 'features': TASKS[2:], 'gate': ['gate', *TRAINED], 'train': TRAINED, 'score': ['score', 'value', 'monitor']}
+TRAINED = ['train', 'scorecard', 'evaluate', 'fairness', 'reasons', 'segments', 'card', 'score', 'value', 'monitor', 'retrain']
+FROM = {'ingest': TASKS, 'split': TASKS[1:], 'features': TASKS[2:], 'gate': ['gate', *TRAINED], 'train': TRAINED, 'score': ['score', 'value', 'monitor', 'retrain']}
 EDITS = [('core', CODE, FROM['ingest']), ('synthetic', CODE, FROM['ingest']), ('split', CODE, FROM['split']), ('feature_sets', CODE, FROM['features']),
          ('monotone', CODE, FROM['features']), ('leakage', CODE, FROM['gate']), ('infer', CODE, FROM['gate']), ('tuning', CODE, FROM['train']),
          ('forest', CODE, FROM['train']), ('importance', CODE, ['evaluate', 'card']), ('fairness', CODE, ['fairness', 'card']),
          ('swap', CODE, ['scorecard']), ('rejects', CODE, ['rejects', 'card']), ('card', CODE, ['card']), ('batch', CODE, FROM['score']),
-         ('value', CODE, ['value']), ('drift_report', CODE, ['monitor']), ('cli', CODE, []), ('core', PROSE, [])]
+         ('value', CODE, ['value']), ('drift_report', CODE, ['monitor', 'retrain']), ('retrain_report', CODE, ['retrain']), ('cli', CODE, []), ('core', PROSE, [])]
 DUE_AFTER = """import json, pathlib, sys; from ploomber.spec import DAGSpec
 for module, text, expected in json.load(sys.stdin):
     path = pathlib.Path('riskscore', f'{module}.py')
@@ -112,7 +112,7 @@ def test_an_edit_in_a_notebook_reruns_what_depends_on_it(project):
     book = json.loads(task.read_text())
     book['cells'][-1]['source'] = ['print(run.rows)\n', *book['cells'][-1]['source']]
     task.write_text(json.dumps(book))
-    assert due(project) == {'score', 'value', 'monitor'}
+    assert due(project) == {'score', 'value', 'monitor', 'retrain'}
     for path, content in before.items():
         path.write_bytes(content)
     assert due(project) == set()

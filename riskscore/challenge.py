@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['DECIDED', 'read_verdict', 'verdict_for', 'outcome_test', 'window_verdict', 'Terms', 'consider']
 
-# %% ../nbs/39_challenge.ipynb #2dc64b49
+# %% ../nbs/39_challenge.ipynb #3eb8f868
 import json
 import tempfile
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .anytime import CalibrationTest, RankingTest, verdict_of
-from .bundle import Scorer, load_bundle, write_pointer
+from .bundle import Scorer, load_bundle, pointed_policy, write_pointer
 from .causes import Cause, cause_of
 from .core import Frame, RiskError, canonical_json, digest_bytes, digest_file, frame_rows, write_text
 from .drift import count_frame, judge_drift
@@ -121,7 +121,7 @@ class Terms:
 DECIDED = {'kept': 'The model stays', 'resting': 'The model rests', 'vetoed': 'Nothing was learnt', 'refused': 'The challenger was refused',
            'promoted': 'The challenger decides now', 'would promote': 'The challenger would be promoted'}
 
-# %% ../nbs/39_challenge.ipynb #700a27c1
+# %% ../nbs/39_challenge.ipynb #d1a0a32d
 def consider(
     pointer:str|Path, # of the model that decides
     history:str|Path, # what it learnt from: a typed table, or a file that the contract reads
@@ -142,7 +142,7 @@ def consider(
     if stays or recent is None:
         return _sealed(evidence | {'recent': _counted(recent)} | (stays or {}), pointer, terms)
     recent = unseen(recent, history_blocks(history, champion.contract), champion.contract)
-    evidence |= {'recent': _counted(recent), 'note': ' '.join(filter(None, [note, _other_history(champion, history)]))}
+    evidence |= {'recent': _counted(recent), 'note': ' '.join(filter(None, [note, _other_history(champion, history), _set_policy(pointer, champion)]))}
     if terms.dry_run:
         with tempfile.TemporaryDirectory() as scratch:
             return _sealed(evidence | _challenged(champion, history, recent, cause, terms, everybody, Path(scratch))[0], pointer, terms)
@@ -161,6 +161,13 @@ def _other_history(champion:Scorer, history:str|Path)->str:
     if not stated or not Path(history).is_file() or digest_file(history) == stated:
         return ''
     return 'The champion learnt from another file than this history: outcomes that it has seen there would flatter it.'
+
+# %% ../nbs/39_challenge.ipynb #a23b2df0
+def _set_policy(pointer:str|Path, champion:Scorer)->str:
+    "A note where a person has set the cut-offs of the champion."
+    if pointed_policy(pointer, Path(pointer).parent / champion.version) is None:
+        return ''
+    return f'The policy {champion.policy.version} was set for the champion; another model decides by its own cut-offs until some are set for it.'
 
 # %% ../nbs/39_challenge.ipynb #69cf8943
 def _stays(cause:Cause, recent:Recent|None, rest:float, terms:Terms)->dict[str, Any]|None:

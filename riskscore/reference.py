@@ -218,10 +218,10 @@ def _fit_levels(column:Column, values:npt.NDArray[Any])->ColumnReference:
     counts = np.array([*held, len(values) - sum(held) - null, null], dtype=np.int64)
     return ColumnReference(column.name, column.kind, 'levels', counts, levels=tuple(ranked), once=held.count(1))
 
-# %% ../nbs/11_reference.ipynb #61be7763
+# %% ../nbs/11_reference.ipynb #771fcafe
 def _fit_column(column:Column, values:npt.NDArray[Any], order:npt.NDArray[np.intp]|None)->ColumnReference:
     "The reference of one column."
-    fitted = _fit_levels(column, values) if values.dtype.kind == 'O' else _fit_number(column, values)
+    fitted = _fit_levels(column, values) if values.dtype.kind in 'OU' else _fit_number(column, values)
     if order is None:
         return fitted
     effect, share_effect = design_effects(fitted.bins[cells_of(fitted, values)][order])

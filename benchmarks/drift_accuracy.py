@@ -25,8 +25,8 @@ import numpy as np  # noqa: E402
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGES = ['evidently==0.7.23', 'nannyml==0.13.1', 'pandas<3', 'statsmodels', 'pyarrow']
 SIZES = (50, 100, 200, 500, 1000, 2000, 5000, 20_000)
-PEER_SIZES = (50, 100, 200, 500, 1000, 5000)
-PEER_WINDOWS = 4
+PEER_SIZES = (50, 100, 200, 1000, 5000)
+PEER_WINDOWS = 3
 TOOLS = ('Evidently', 'NannyML', 'NannyML, chunks as long as the window')
 
 

@@ -213,7 +213,7 @@ def _challenged(champion:Scorer, history:str|Path, recent:Recent, cause:Cause, t
              'recalibrated': cause.action == 'recalibrate'}
     return {**_verdict_of(cause, found, made), 'challenger': about, 'gate': found}, made.bundle
 
-# %% ../nbs/39_challenge.ipynb #9147dab9
+# %% ../nbs/39_challenge.ipynb #cd39b37b
 def _verdict_of(cause:Cause, found:Mapping[str, Any], made:Challenger)->dict[str, Any]:
     "What the gate's answer means."
     failed = [check for check in found['checks'] if not check['passed']]
@@ -223,7 +223,7 @@ def _verdict_of(cause:Cause, found:Mapping[str, Any], made:Challenger)->dict[str
                      'The challenger can be watched in shadow (challenger.json); look again when more outcomes have matured.')
         return _decided('refused', f"{cause.words} {' '.join(check['words'] for check in failed[:3])}", next_step)
     better, rates = next(c for c in found['checks'] if c['name'] == 'better'), found['approvals']['rates']
-    whom = 'recent applications' if found['approvals']['everybody'] else 'applications with an outcome, all of which were approved once'
+    whom = 'recent applications' if found['approvals']['everybody'] else 'applications with an outcome, which most got by being approved'
     words = (f"{cause.words} {better['words']} All {len(found['checks'])} checks are passed. By the challenger's own cut-offs approvals go from "
              f"{rates[0]:.1%} to {rates[1]:.1%} of {found['approvals']['applications']:,} {whom}."
              + (' It learnt from recent outcomes alone, those of approved applications: of others it knows less.' if made.memory == 'none' else ''))

@@ -90,7 +90,7 @@ def _number(value:float|None)->str:
     "Four digits that count."
     return '–' if value is None else f'{value:.4g}'.replace('-', '−')
 
-# %% ../nbs/46_retrain_report.ipynb #71d56f8c
+# %% ../nbs/46_retrain_report.ipynb #918bc2e5
 def people_section(
     evidence:Mapping[str, Any], # as consider gives it
 )->str: # HTML; empty when no challenger was judged
@@ -102,7 +102,7 @@ def people_section(
     parts.append(show_table({name: swap[name] for name in ('decision', 'applications', 'share', 'bads', 'bad_rate', 'low', 'high')},
                             'Applications with an outcome',
                             {'low': '95% from', 'high': 'to'}, dict.fromkeys(('share', 'bad_rate', 'low', 'high'), '.1%')))
-    whom = 'recent applications' if asked['everybody'] else 'applications with an outcome, all of which were approved once,'
+    whom = 'recent applications' if asked['everybody'] else 'applications with an outcome'
     decided = {name: [n[i] for n in asked['decisions'].values()] for i, name in enumerate(('champion', 'challenger'))}
     parts.append(show_table({'decision': list(asked['decisions']), **decided}, f"{asked['applications']:,} {whom} under both models"))
     if asked['groups']:

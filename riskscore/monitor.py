@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'LEASE', 'GRACE', 'EVOLUTION', 'take_lease', 'windows_to_close', 'Round', 'Monitor', 'rounds']
 
-# %% ../nbs/19_monitor.ipynb #c9a87b74
+# %% ../nbs/19_monitor.ipynb #73a202d7
 import asyncio
 import json
 import logging
@@ -32,7 +32,7 @@ from .operations import last_verdict, rule_of, set_stop, stop_state
 from .reference import DriftReference, reference_from_bytes
 from .settings import Settings, webhook_secret
 from .store import Store, StoreUnavailable, open_store
-from .windows import Watched, WindowSums, catch_up, window_of
+from .windows import KEPT_HOURS, Watched, WindowSums, catch_up, join_days, window_of
 
 # %% ../nbs/19_monitor.ipynb #e0738585
 log = logging.getLogger(__name__)
@@ -184,7 +184,7 @@ class Monitor:
         "Closes what is over, and tells what there is to tell."
         return await _round(self)
 
-# %% ../nbs/19_monitor.ipynb #69a79223
+# %% ../nbs/19_monitor.ipynb #f134b41f
 async def _round(monitor:Monitor)->Round:
     "The work of the leader."
     store, name = monitor.store, monitor.journal.writer
@@ -201,6 +201,8 @@ async def _round(monitor:Monitor)->Round:
         if not await asyncio.to_thread(take_lease, store, name, monitor.lease):
             return told
         await _close(monitor, window, window == acting, told)
+    if windows:
+        await _tried(_join_days, monitor)
     told.outcomes = await _tried(_watch_outcomes, monitor)
     told.last = await asyncio.to_thread(last_verdict, store)
     if windows or told.outcomes:
@@ -217,6 +219,17 @@ async def _tried(act:Callable[..., Any], *what:Any)->Any:
     except RiskError as error:
         log.error('A part of the round was left out (%s): %s', act.__name__, error)
         return None
+
+# %% ../nbs/19_monitor.ipynb #7cd39532
+def _join_days(monitor:Monitor)->None:
+    "Joins hours that were judged long ago."
+    v, w = monitor.store.tables['verdicts'], monitor.store.tables['drift_windows']
+    with monitor.store.read() as connection:
+        judged = connection.execute(sa.select(sa.func.max(v.c.ended_at))).scalar() or ''
+        before = min(judged, _earlier(KEPT_HOURS * 86400))
+        digests = connection.execute(sa.select(w.c.reference).distinct().where(w.c.started_at < before)).scalars().all()
+    for reference in filter(None, map(monitor.bundles.reference, digests)):
+        join_days(monitor.store, reference, before)
 
 # %% ../nbs/19_monitor.ipynb #030dcf06
 def _earlier(seconds:float)->str:

@@ -23,7 +23,7 @@ from riskscore.drift import judge_drift
 from riskscore.fast import FastScorer
 from riskscore.journal import Journal
 from riskscore.store import StoreUnavailable, open_store
-from riskscore.windows import LiveCounts, Watched, WindowSums, catch_up, evolution, window_series
+from riskscore.windows import LiveCounts, Watched, WindowSums, catch_up, evolution, join_days, window_series
 
 HOUR = '2026-03-02T{:02d}:30:00.000000Z'
 
@@ -203,6 +203,20 @@ def test_sums_follow_an_hour_that_changes_late(tmp_path, model):
             asyncio.run(decide(store, place.anchors, model, rows[expected - 10:expected], HOUR.format(hour)))
             assert sums.read('', '~') == counts_of(store, model, reference)
             assert sums.read(HOUR.format(7)[:13], HOUR.format(8)[:13]).rows == counts_of(store, model, reference, HOUR.format(7)).rows
+
+
+def test_old_days_are_joined_and_nothing_is_lost(place, model):
+    reference = Watched.of(model).reference
+    with opened(place) as store:
+        for day, hour in ((1, 7), (1, 8), (2, 7), (2, 23), (3, 7)):
+            asyncio.run(decide(store, place.anchors, model, raw_rows(20, seed=hour), f'2026-03-{day:02d}T{hour:02d}:10:00.000000Z'))
+        days = {first[:10]: counts for first, _, counts in window_series(store, reference)}
+        assert join_days(store, reference, '2026-03-03T12:00:00.000000Z') == 2
+        asyncio.run(decide(store, place.anchors, model, raw_rows(5), '2026-03-01T09:10:00.000000Z', counted=False))
+        assert catch_up(store, watched_of(model), 'late', '~') == 5 and join_days(store, reference, '2026-03-03T12:00:00.000000Z') == 1
+        again = {first[:10]: counts for first, _, counts in window_series(store, reference)}
+        assert [again[d] == days[d] for d in sorted(days)] == [False, True, True] and again['2026-03-01'].rows == 45
+        assert WindowSums(store, reference).read('', '~') == counts_of(store, model, reference)
 
 
 def test_evolution_says_when_it_began(tmp_path, model):

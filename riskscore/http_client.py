@@ -95,9 +95,8 @@ class Answer(NamedTuple):
 class Broken(Exception):
     "There was no answer; nobody knows what became of the request."
 
-# %% ../nbs/31_http_client.ipynb #a2cea76e
+# %% ../nbs/31_http_client.ipynb #e15d78e2
 _MOST_HEAD, _MOST_BODY = 65_536, 64 * 2**20  # bytes of an answer
-_SURPLUS = Broken('the service sent what nobody asked for')
 
 
 class _Wire(asyncio.Protocol):
@@ -124,7 +123,7 @@ class _Wire(asyncio.Protocol):
     def on_message_begin(self) -> None:
         self.headers, self.parts, self.told = {}, [], False
         if self.waiter is None:
-            self.finish(_SURPLUS)
+            self.finish(Broken('the service sent what nobody asked for'))
 
     def on_header(self, name: bytes, value: bytes) -> None:
         self.headers[name.decode('latin-1').lower()] = value.decode('latin-1')
@@ -148,14 +147,12 @@ class _Wire(asyncio.Protocol):
             self.open = False
             self.transport.abort()
 
-# %% ../nbs/31_http_client.ipynb #c2ccbd8b
+# %% ../nbs/31_http_client.ipynb #0b1b5aa9
 class _Connected(_Wire):
     "What comes over the connection, and its end."
 
     def data_received(self, data: bytes) -> None:
         self.size += len(data)
-        if self.waiter is None:
-            return self.finish(_SURPLUS)
         try:
             self.parser.feed_data(data)
         except httptools.HttpParserError as error:

@@ -321,7 +321,7 @@ FAULTS: dict[str, Callable[[asyncio.StreamWriter], Any]] = {
     'an endless head': lambda w: w.write(b'HTTP/1.1 200 OK\r\n' + b'X: y\r\n' * 12_000),
     'silence': lambda w: None,
     'a gateway without a service': lambda w: w.write(b'HTTP/1.1 502 Bad Gateway\r\nContent-Length: 4\r\n\r\nsad!'),
-    'a fault': lambda w: w.write(b'HTTP/1.1 500 Oh\r\nConnection: close\r\n\r\n<html>'),
+    'a fault': lambda w: (w.write(b'HTTP/1.1 500 Oh\r\nConnection: close\r\n\r\n<html>'), w.close()),
 }
 
 
@@ -348,13 +348,17 @@ def test_the_pause_is_at_least_what_the_service_asks_for(tmp_path):
 def test_pauses_grow_and_differ(tmp_path):
     async def down(n, head, body, writer):
         writer.write(b'HTTP/1.1 503 Busy\r\nContent-Length: 0\r\n\r\n')
-    patience = Patience(first_pause=0.02, longest_pause=10, seconds=1.5)
-    found, asked = through(down, tmp_path, 2, patience=patience)
+    chances: list[float] = []
+    class Noting(Patience):
+        def pause(self, tries: int, chance: float, least: float = 0.0) -> float:
+            chances.append(chance)
+            return super().pause(tries, chance, least)
+    found, asked = through(down, tmp_path, 2, patience=Noting(first_pause=0.02, longest_pause=10, seconds=1.5))
     assert found['lost'] == 2 and found['answered'] == 0 and found['ended'].startswith('the service gave no answer')
     pauses = [[b - a for (a, _), (b, _) in pairwise(times)] for times in tries(asked).values()]
     for one in pauses:
         assert len(one) >= 3 and all(pause >= 0.01 * 2 ** i for i, pause in enumerate(one))
-    assert pauses[0] != pauses[1]
+    assert found['retries'] == len(asked) - 2 and len(chances) == len(set(chances)) == len(asked) and 0 <= min(chances) < max(chances) < 1
     assert [line.answered for line in read_answers(tmp_path / 'odd.jsonl')] == [False, False]
 
 
@@ -442,8 +446,9 @@ def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request():
         found = []
         for _ in range(3):
             found.append((await connection.ask('POST', '/predict', b'{}')).json['request_id'])
-            while len(asked) == 1 and connection.wire.open:
-                await asyncio.sleep(0.01)
+            async with asyncio.timeout(10):
+                while len(asked) == 1 and connection.wire.open:
+                    await asyncio.sleep(0.01)
         connection.close()
         return found, connection.opened
     for behave in (twice, late):
@@ -451,23 +456,25 @@ def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request():
 
 
 def test_a_late_answer_is_no_answer_to_the_next_request():
-    async def slow_at_first(n, head, body, writer):
-        await asyncio.sleep(0.3 if n == 0 else 0)
-        writer.write(whole(n))
+    async def slow(n, head, body, writer):
+        await asyncio.sleep(0.2 if body in (b'0', b'1') else 0)
+        writer.write(whole(int(body)))
     async def then(address, asked):
-        connection = Connection(address)
+        connection, found = Connection(address), []
         with pytest.raises(Broken, match='within 0.1'):
-            await connection.ask('POST', '/predict', b'{}', timeout=0.1)
-        task = asyncio.create_task(connection.ask('POST', '/predict', b'{}'))
-        await asyncio.sleep(0)
+            await connection.ask('POST', '/predict', b'0', timeout=0.1)
+        found.append((await connection.ask('POST', '/predict', b'2')).json['request_id'])
+        task = asyncio.create_task(connection.ask('POST', '/predict', b'1'))
+        async with asyncio.timeout(10):
+            while asked[-1][2] != b'1':
+                await asyncio.sleep(0.01)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        await asyncio.sleep(0.35)
-        found = (await connection.ask('POST', '/predict', b'{}')).json['request_id']
+        found.append((await connection.ask('POST', '/predict', b'3')).json['request_id'])
         connection.close()
-        return int(found) == len(asked) - 1
-    assert story(slow_at_first, then)
+        return found
+    assert story(slow, then) == ['2', '3']
 
 
 class _Transport:
@@ -542,7 +549,7 @@ def test_the_key_is_sent_and_is_nowhere_else_and_a_wrong_one_ends_the_run(tmp_pa
 def test_another_address_ends_the_run_and_is_not_followed(status, tmp_path):
     async def elsewhere(n, head, body, writer):
         writer.write(b'HTTP/1.1 %d Go\r\nLocation: http://elsewhere.example/\r\nContent-Length: 0\r\n\r\n' % status)
-    with pytest.raises(RiskError, match=f'status {status}'):
+    with pytest.raises(RiskError, match=f'takes nothing from this client: status {status}'):
         through(elsewhere, tmp_path)
 
 

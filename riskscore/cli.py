@@ -6,7 +6,7 @@
 __all__ = ['Commands', 'main', 'contract_commands', 'infer', 'check', 'score', 'policy_commands', 'show', 'set_policy',
            'data_commands', 'synthetic', 'kaggle']
 
-# %% ../nbs/51_cli.ipynb #f7aa5af9
+# %% ../nbs/51_cli.ipynb #e16c771f
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -25,6 +25,8 @@ from .retraining import retrain, rollback
 
 if TYPE_CHECKING:
     from riskscore.batch import BatchRun
+    from riskscore.bundle import Scorer
+    from riskscore.decided import Decided
     from riskscore.policy import Policy
 
 # %% ../nbs/51_cli.ipynb #1455b451
@@ -180,7 +182,7 @@ def _section(
     if lines:
         click.echo('\n'.join([f'{title}: {len(lines)}', *(f'  - {line}' for line in lines)]))
 
-# %% ../nbs/51_cli.ipynb #bcf1a5d7
+# %% ../nbs/51_cli.ipynb #65efc29c
 @main.command(short_help='Score a file of applications.',
               epilog='Example: riskscore score applications.csv -o predictions.csv')
 @click.argument('source')
@@ -192,6 +194,10 @@ def _section(
 @click.option('--explain', type=click.Choice(LANGUAGES), help='Give those who are not approved reasons, in English or Spanish.')
 @click.option('--archive', default='data/batches', show_default=True, help='Folder that keeps a copy of each run and a log.')
 @click.option('--no-archive', is_flag=True, help='Keep no copy and write no log.')
+@click.option('--purpose', type=click.Choice(['backtest', 'decision']), default='backtest', show_default=True,
+              help='A file that decides counts in the monitoring, and obeys the emergency stop.')
+@click.option('--folder', help='Folder of the service that is monitored, for --purpose decision.  [default: data/serving]')
+@click.option('--store', help='Its database URL.  [default: riskscore.db in the folder]')
 @click.pass_context
 def score(
     ctx:click.Context, # to end with an exit code
@@ -204,15 +210,34 @@ def score(
     explain:str|None, # language of reasons
     archive:str, # folder of all runs
     no_archive:bool, # keep nothing
+    purpose:str, # backtest or decision
+    folder:str|None, # of the service
+    store:str|None, # database URL
 )->None: # prints a summary
     "Score the applications in SOURCE (CSV, gzip, zip, Parquet, XLSX; of a folder the newest file). Exit code 1 if no row could be scored."
     from riskscore.batch import score_batch
+    from riskscore.bundle import load_bundle
 
-    threads = threads or len(os.sched_getaffinity(0))
+    threads, bundle = threads or len(os.sched_getaffinity(0)), load_bundle(model) if purpose == 'decision' else model
+    witness = None if isinstance(bundle, str) else _witness(bundle, folder, store)
     with _progress('scoring') as progress:
-        run = score_batch(source, model, out, threads, None if no_archive else archive, related, ignore_unknown, progress, explain)
+        run = score_batch(source, bundle, out, threads, None if no_archive else archive, related, ignore_unknown, progress, explain, witness)
     click.echo('\n'.join(_summary(run)))
     ctx.exit(0 if run.scored else 1)
+
+# %% ../nbs/51_cli.ipynb #b65d441e
+def _witness(
+    scorer:'Scorer', # the model that decides
+    folder:str|None, # of the service
+    store:str|None, # database URL
+)->'Decided': # for score_batch
+    "Who counts applications for the monitor of a service."
+    from riskscore.decided import Decided
+    from riskscore.settings import settings_from
+    from riskscore.store import open_store
+
+    settings = settings_from(os.environ, folder=folder, store=store)
+    return Decided(scorer, open_store(settings.store), settings.window_seconds)
 
 # %% ../nbs/51_cli.ipynb #8e167901
 def _summary(

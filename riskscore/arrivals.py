@@ -147,7 +147,7 @@ def spread(
         raise RiskError(f'{rows:,} applicants cannot be spread over {days} days: the usual days weigh {usual:g}, and spikes take {spikes:g}.')
     return replace(calendar, per_day=(rows - spikes) / usual)
 
-# %% ../nbs/31_arrivals.ipynb #96aab88b
+# %% ../nbs/31_arrivals.ipynb #069dfc55
 class Clock:
     "Maps bank time to the time on the wall."
 
@@ -161,6 +161,11 @@ class Clock:
             raise RiskError(f'The speed of a clock is a number above 0, such as 1 for real time or 3600 for an hour in a second; got {speed}.')
         self.speed, self.start, self.wall, self.latest = speed, start, wall, start
         self.begun: float | None = None
+
+    def skip(self, at: float) -> None:
+        "Begins at this bank time, if it has not begun: what was sent by an earlier run is not waited for again."
+        if self.begun is None:
+            self.start = self.latest = max(self.start, at)
 
     def due(self, at: float) -> float:
         "When a bank time is reached, on the wall; at infinite speed it always is."

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Application', 'key_of', 'bodies', 'Line', 'read_answers', 'Sending', 'send', 'Outcome', 'send_outcomes',
            'service_counts', 'cross_check']
 
-# %% ../nbs/32_traffic.ipynb #76a1d727
+# %% ../nbs/32_traffic.ipynb #7cab4e49
 import asyncio
 import fcntl
 import json
@@ -16,8 +16,7 @@ import os
 import re
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -220,7 +219,7 @@ class _Run:
             self.ended, self.until = f'the service gave no answer for {time.monotonic() - since:.0f} seconds', time.monotonic()
             log.error('The run ends: %s.', self.ended)
 
-# %% ../nbs/32_traffic.ipynb #74cdebff
+# %% ../nbs/32_traffic.ipynb #86b5db3a
 async def _feed(run:_Run, applications:Iterable[Application], queue:asyncio.Queue[tuple[str, Application]|None])->None:
     "Puts applications into the queue at their times, then tells each worker that there are no more."
     number, taken = run.sending.number, iter(applications)
@@ -233,6 +232,7 @@ async def _feed(run:_Run, applications:Iterable[Application], queue:asyncio.Queu
         run.counts['taken'] += 1
         if (key := run.key(application.name)) is None:
             run.counts['skipped'] += 1
+            run.clock.skip(application.at)
             continue
         while (pause := run.clock.pause(application.at)) > 0 and not run.over():
             await asyncio.sleep(min(pause, 1.0, max(0.0, run.until - time.monotonic())))

@@ -353,7 +353,7 @@ def test_pauses_grow_and_differ(tmp_path):
         def pause(self, tries: int, chance: float, least: float = 0.0) -> float:
             chances.append(chance)
             return super().pause(tries, chance, least)
-    found, asked = through(down, tmp_path, 2, patience=Noting(first_pause=0.02, longest_pause=10, seconds=1.5))
+    found, asked = through(down, tmp_path, 2, patience=Noting(first_pause=0.02, longest_pause=10, seconds=0.8))
     assert found['lost'] == 2 and found['answered'] == 0 and found['ended'].startswith('the service gave no answer')
     pauses = [[b - a for (a, _), (b, _) in pairwise(times)] for times in tries(asked).values()]
     for one in pauses:
@@ -409,10 +409,10 @@ def test_a_run_is_bounded_in_time_and_number(tmp_path):
         writer.write(whole(n))
     endless = (Application(str(i), b'{}') for i in count())
     async def then(address, asked):
-        first = await send(address, endless, 'bounds', tmp_path / 'b.jsonl', Sending(in_flight=3, seconds=0.3, patience=EAGER))
+        first = await send(address, endless, 'bounds', tmp_path / 'b.jsonl', Sending(in_flight=3, seconds=0.2, patience=EAGER))
         second = await send(address, endless, 'bounds', tmp_path / 'b.jsonl', Sending(in_flight=3, number=11, patience=EAGER))
         late = await send(address, (Application(f'x{i}', b'{}', i * 3600.0) for i in count()), 'bounds', tmp_path / 'b.jsonl',
-                          Sending(in_flight=3, seconds=0.5, patience=EAGER), Clock(1))
+                          Sending(in_flight=3, seconds=0.3, patience=EAGER), Clock(1))
         return first, second, late, len(asked)
     first, second, late, asked = story(slow, then)
     assert first['ended'] == 'the time is over' and first['answered'] == first['sent'] > 3 and first['lost'] == 0
@@ -430,6 +430,18 @@ def test_applications_are_sent_at_their_times(tmp_path):
         return found, [at - begun for at, *_ in asked], [body for *_, body in asked]
     found, times, order = story(well, then)
     assert order == [b'0', b'1', b'2', b'3', b'4'] and all(at >= 0.1 * i for i, at in enumerate(times)) and found['late_ms']['max'] >= 0
+
+
+def test_a_resumed_run_does_not_wait_for_what_was_sent_before(tmp_path):
+    async def well(n, head, body, writer):
+        writer.write(whole(n))
+    async def then(address, asked):
+        days = [Application(str(i), b'{}', 2.0 * DAY + i * 0.01) for i in range(4)]
+        await send(address, days[:3], 'resumed', tmp_path / 'r.jsonl')
+        async with asyncio.timeout(20):  # from the beginning it would be two days
+            return await send(address, [*days, Application('4', b'{}', 2.0 * DAY + 0.1)], 'resumed', tmp_path / 'r.jsonl', clock=Clock(1))
+    found = story(well, then)
+    assert (found['skipped'], found['answered']) == (3, 2)
 
 
 def test_bytes_that_nobody_asked_for_are_no_answer_to_the_next_request():

@@ -6,7 +6,7 @@
 __all__ = ['log', 'BLOCK', 'KEPT_HOURS', 'Watched', 'Tally', 'window_of', 'decision_items', 'stored_decisions', 'catch_up',
            'WindowSums', 'LiveCounts', 'window_series', 'evolution', 'join_days']
 
-# %% ../nbs/15_windows.ipynb #c79d410a
+# %% ../nbs/15_windows.ipynb #cc3d379a
 import json
 import logging
 import threading
@@ -24,7 +24,7 @@ import sqlalchemy as sa
 from .core import RiskError
 from .drift import Counts, DriftRule, count_records, counts_from_bytes, judge_drift
 from .fast import FastScorer, Reader, Refused
-from .journal import Entry, Journal, _insert, slot_of
+from .journal import Decided, Journal, _insert, slot_of
 from .reference import DriftReference, reference_from_bytes
 from .store import Store, StoreUnavailable
 
@@ -48,7 +48,7 @@ class Watched(NamedTuple):
             log.error('The drift reference of model %s cannot be read; its applications are not watched. %s', model.scorer.version, error)
             return cls(model.reader, None)
 
-# %% ../nbs/15_windows.ipynb #8eee9894
+# %% ../nbs/15_windows.ipynb #cead0ec9
 @dataclass
 class Tally:
     "What decisions of one writer add up to."
@@ -57,9 +57,9 @@ class Tally:
     items: Counter[tuple[str, str, str]] = field(default_factory=Counter)  # hour, name and item, as `windows` holds them
     counts: dict[tuple[str, str], Counts] = field(default_factory=dict)  # by hour and reference
 
-    def add(self, entries: Sequence[Entry], watched: Mapping[str, Watched], window: float) -> None:
+    def add(self, entries: Sequence[Decided], watched: Mapping[str, Watched], window: float) -> None:
         "Counts decisions, in the order of their numbers."
-        groups: dict[tuple[str, str], list[Entry]] = {}
+        groups: dict[tuple[str, str], list[Decided]] = {}
         for e in entries:
             slot = slot_of(e.received_at, window)
             for name, item in e.counts:
@@ -99,7 +99,7 @@ def decision_items(
         return (('requests', 'stopped'),)
     return (('requests', 'decision'), ('decisions', decision), *(('flag', f"{f['column']} {f['rule']}") for f in flags))
 
-# %% ../nbs/15_windows.ipynb #9a3eb4ba
+# %% ../nbs/15_windows.ipynb #5877ca09
 BLOCK = 128  # decisions that are counted at a time: about a millisecond
 
 
@@ -110,27 +110,27 @@ def stored_decisions(
     after:int, # number of the last one that is not wanted
     upto:int, # number of the last one that is
     limit:int=16 * BLOCK, # at most so many
-)->list[Entry]: # in the order of their numbers
+)->list[Decided]: # in the order of their numbers
     "Decisions of a chain as they were when they were made."
     d, a = store.tables['decisions'], store.tables['applications']
-    names = ('request_id', 'received_at', 'status', 'decision', 'pd', 'score', 'model_version', 'policy_version', 'answer', 'seq')
+    names = ('request_id', 'received_at', 'status', 'decision', 'pd', 'model_version', 'answer', 'seq')
     query = sa.select(*(d.c[n] for n in names), a.c.content).join(a, a.c.request_id == d.c.request_id, isouter=True)
     query = query.where(d.c.writer == writer, d.c.seq > after, d.c.seq <= upto).order_by(d.c.seq).limit(limit)
     with store.read() as connection:
         rows = connection.execute(query).mappings().all()
     return [_entry(row, watched.get(row['model_version'])) for row in rows]
 
-# %% ../nbs/15_windows.ipynb #df0337e3
-def _entry(row:Mapping[Any, Any], watched:Watched|None)->Entry:
+# %% ../nbs/15_windows.ipynb #23fbbd32
+def _entry(row:Mapping[Any, Any], watched:Watched|None)->Decided:
     "A stored decision; without its columns where the application or the model is gone."
-    typed, names = None, ('request_id', 'received_at', 'status', 'decision', 'pd', 'score', 'model_version', 'policy_version', 'answer')
+    typed = None
     if watched and row['content'] is not None and row['status'] == 'scored':
         try:
             typed = watched.reader.read(row['content'].encode()).typed
         except Refused:
             log.error('A stored application does not fit its own model: %s', row['request_id'])
     items = decision_items(row['status'], row['decision'], json.loads(row['answer']).get('flags', ()))
-    return Entry(**{name: row[name] for name in names}, purpose='decision', counts=items, typed=typed, seq=row['seq'])
+    return Decided(row['seq'], row['request_id'], row['received_at'], row['status'], row['decision'], row['pd'], row['model_version'], items, typed)
 
 # %% ../nbs/15_windows.ipynb #9c2f9595
 def _write(
@@ -239,7 +239,7 @@ def _added(reference:DriftReference, blobs:Iterable[bytes], first:Counts|None=No
         total = total + counts_from_bytes(reference, bytes(blob))
     return total
 
-# %% ../nbs/15_windows.ipynb #62210480
+# %% ../nbs/15_windows.ipynb #56f5d5d4
 class LiveCounts:
     "Counts the decisions of one journal."
 
@@ -249,7 +249,7 @@ class LiveCounts:
         every: float = 1.0,  # seconds between writes
     ):
         self.window, self.every = window, every
-        self.decided: deque[Entry | int] = deque()  # for Journal(follow=)
+        self.decided: deque[Decided | int] = deque()  # for Journal(follow=)
         self.watched: dict[str, Watched] = {}
         self.store: Store
         self.journal: Journal
@@ -323,10 +323,10 @@ def _follow(live:LiveCounts)->None:
     except Exception as error:
         log.warning('The last counts are left to the monitor: %s', error)
 
-# %% ../nbs/15_windows.ipynb #c1307ef1
+# %% ../nbs/15_windows.ipynb #cea1a993
 def _count(live:LiveCounts)->None:
     "Counts a block of what was decided; where a number stands for it, from the store."
-    block: list[Entry] = []
+    block: list[Decided] = []
     while live.decided and len(block) < BLOCK:
         if isinstance(live.decided[0], int):
             if block:
@@ -335,7 +335,7 @@ def _count(live:LiveCounts)->None:
             assert isinstance(upto, int)
             return _recount(live, live._tally, upto)
         found = live.decided.popleft()
-        assert isinstance(found, Entry)
+        assert isinstance(found, Decided)
         block.append(found)
     live._tally.add(block, live.watched, live.window)
 

@@ -1,6 +1,6 @@
 """20,000 applicants over HTTP: client, service and store on one machine, each answer durable, and every count compared.
 
-    python benchmarks/traffic.py [--rows 20000] [--model data/models/champion.json] [--in-flight 16] [--paced 60]
+    python benchmarks/traffic.py [--rows 20000] [--model data/models/champion.json] [--in-flight 16] [--paced 60] [--no-reasons]
 
 The applicants are the first of the real Home Credit test file below RISKSCORE_DATA that no contract refuses, else synthetic ones; the model is the one
 given, or one of the usual size is trained. `riskscore serve` runs with one worker in a temporary folder, SQLite on disk; the client (riskscore.traffic) is
@@ -41,13 +41,13 @@ def applicants(contract: Contract, folder: Path) -> Iterator[bytes]:
         yield from bodies(contract, {name: values[~batch.bad_rows] for name, values in batch.frame.items()})
 
 
-def run(address: Address, found: list[Application], name: str, folder: Path, in_flight: int, clock: Clock | None = None) -> dict[str, Any]:
+def run(address: Address, found: list[Application], name: str, folder: Path, sending: Sending, clock: Clock | None = None) -> dict[str, Any]:
     "Sends applications once; what came of it, with the processor time of both sides and whether all counts agree."
     client, service = time.process_time(), processor_seconds(OURS)
 
     async def story() -> dict[str, Any]:
         before = await service_counts(address)
-        summary = await send(address, found, name, folder / f'{name}.jsonl', Sending(in_flight), clock)
+        summary = await send(address, found, name, folder / f'{name}.jsonl', sending, clock)
         spent = (time.process_time() - client) / len(found), (processor_seconds(OURS) - service) / len(found)
         return summary | {'cpu': spent, 'check': await cross_check(address, folder / f'{name}.jsonl', before)}
 
@@ -83,8 +83,10 @@ def main() -> int:
     parser.add_argument('--model', type=Path, default=ROOT / 'data' / 'models' / 'champion.json', help='pointer or folder of a bundle of home_credit')
     parser.add_argument('--in-flight', type=int, default=16)
     parser.add_argument('--paced', type=float, default=0, help='seconds of a second run, at the times of a bank; 0: none')
+    parser.add_argument('--no-reasons', action='store_true', help='ask for answers without reasons')
     parser.add_argument('--folder', help='where the temporary folder with the store lies; on a disk')
     args = parser.parse_args()
+    sending = Sending(args.in_flight, explain=not args.no_reasons)
     with ExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(dir=args.folder)))
         model = args.model.resolve() if args.model.exists() else build(folder)
@@ -96,18 +98,18 @@ def main() -> int:
                     'RISKSCORE_LOG_LEVEL': 'warning'}
         stack.enter_context(server('riskscore', [sys.executable, '-c', 'from riskscore.cli import main; main()', 'serve'], settings, folder, OURS, '/readyz'))
         address = read_address(f'http://127.0.0.1:{OURS}', {})
-        runs = {'as fast as possible': run(address, found, 'fast', folder, args.in_flight)}
+        runs = {'as fast as possible': run(address, found, 'fast', folder, sending)}
         if args.paced:
             bank = bank_days(spread(Calendar(), len(found), DAYS), seed=1, rows=len(found))
             times = [day.day * DAY + at for day in bank for at in day.times]
             paced = [a._replace(at=float(at)) for a, at in zip(found, times, strict=True)]
-            runs[f'{DAYS} days of a bank in {args.paced:.0f} s'] = run(address, paced, 'paced', folder, args.in_flight, Clock(times[-1] / args.paced))
+            runs[f'{DAYS} days of a bank in {args.paced:.0f} s'] = run(address, paced, 'paced', folder, sending, Clock(times[-1] / args.paced))
         stored = rows_in(serving / 'riskscore.db', 'decisions')
         disk = subprocess.run(['stat', '-f', '-c', '%T', folder], capture_output=True, text=True, check=False).stdout.strip()
         held = [*verdicts(runs, len(found), stored), verify(serving)]
     size = sum(map(len, made)) / len(made)
-    print(f'{len(found):,} applications of {size:,.0f} bytes of {contract.name}, {args.in_flight} in flight, one worker, {os.cpu_count()} processors, '
-          f'load {os.getloadavg()[0]:.1f}, store on {disk}\n')
+    print(f'{len(found):,} applications of {size:,.0f} bytes of {contract.name}, {args.in_flight} in flight, with{"out" * args.no_reasons} reasons, '
+          f'one worker, {os.cpu_count()} processors, load {os.getloadavg()[0]:.1f}, store on {disk}\n')
     print('\n'.join(shown(runs)) + '\n')
     print('\n'.join(f'{"yes" if holds else "NO "} {text}' for text, holds in held))
     return 0 if all(holds for _, holds in held) else 1

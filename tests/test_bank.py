@@ -162,7 +162,8 @@ def test_outcomes_are_tested_as_those_of_a_store_are(scorer, tmp_path, monkeypat
         with store.write() as connection:
             connection.execute(store.tables['decisions'].insert(), [
                 dict(writer='w', seq=1000 * day + n + 1, request_id=i, received_at=at(day + 1, 9, n // 60, n % 60), status='scored', score=0,
-                     policy_version='p', decision=str(answers['decision'][n]), pd=float(answers['pd'][n]), model_version=scorer.version, content_digest='', answer='{}', mac='')
+                     policy_version='p', decision=str(answers['decision'][n]), pd=float(answers['pd'][n]),
+                     model_version=scorer.version, content_digest='', answer='{}', mac='')
                 for n, i in enumerate(named)])
             connection.execute(store.tables['applications'].insert(), [
                 dict(request_id=i, salt='', content=canonical_json({k: people.frame[k][n] for k in ('amount', 'debt')})) for n, i in enumerate(named)])
@@ -215,7 +216,8 @@ def script():
 
 def test_a_tool_that_only_flags_is_graded_by_its_flags(script):
     shares = {str(day): 0.2 if day == 5 else 0.0 for day in (1, 3, 5)}
-    rows = [script._peer_row('Evidently', rule, WORLDS[name], 1, script._flags(shares, rule)) for rule in script.RULES['Evidently'] for name in ('calm', 'richer')]
+    rows = [script._peer_row('Evidently', rule, WORLDS[name], 1, script._flags(shares, rule))
+            for rule in script.RULES['Evidently'] for name in ('calm', 'richer')]
     assert [(r['found'], r['false_days'], r['quiet_days'], r['right']) for r in rows] == [
         (False, 0, 3, True), (False, 0, 2, False), (False, 1, 3, False), (True, 0, 2, True)]
     table = list(script.peer_lines(rows))

@@ -100,7 +100,7 @@ def outcomes_of_another_world(rows: list[dict[str, str]], answers: list[dict]) -
 def test_the_loop_from_a_broken_feed_to_a_new_model_and_back(project):
     pointer, rows = project / 'data/smoke/models/champion.json', applicants(project)
     first = json.loads(pointer.read_text())['version']
-    with service(project / 'serving', pointer, window_seconds=WINDOW) as running:
+    with service(project / 'serving', pointer, window_seconds=WINDOW, keep_alive=900) as running:
         client = running.client()
         assert version(client) == first
 

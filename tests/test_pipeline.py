@@ -76,12 +76,14 @@ def test_a_build_leaves_reports_scores_and_a_champion(project):
 CODE = '\n\ndef _edited() -> int:\n    "Nothing."\n    return 1\n'
 PROSE = '\n# A comment changes no result.\n'
 TRAINED = ['train', 'scorecard', 'evaluate', 'fairness', 'reasons', 'segments', 'card', 'score', 'value', 'monitor', 'retrain']
-FROM = {'ingest': TASKS, 'split': TASKS[1:], 'features': TASKS[2:], 'gate': ['gate', *TRAINED], 'train': TRAINED, 'score': ['score', 'value', 'monitor', 'retrain']}
+SCORED = ['score', 'value', 'monitor', 'retrain']
+FROM = {'ingest': TASKS, 'split': TASKS[1:], 'features': TASKS[2:], 'gate': ['gate', *TRAINED], 'train': TRAINED, 'score': SCORED}
 EDITS = [('core', CODE, FROM['ingest']), ('synthetic', CODE, FROM['ingest']), ('split', CODE, FROM['split']), ('feature_sets', CODE, FROM['features']),
          ('monotone', CODE, FROM['features']), ('leakage', CODE, FROM['gate']), ('infer', CODE, FROM['gate']), ('tuning', CODE, FROM['train']),
-         ('forest', CODE, FROM['train']), ('importance', CODE, ['evaluate', 'card']), ('fairness', CODE, ['fairness', 'card']),
-         ('swap', CODE, ['scorecard']), ('rejects', CODE, ['rejects', 'card']), ('card', CODE, ['card']), ('batch', CODE, FROM['score']),
-         ('value', CODE, ['value']), ('drift_report', CODE, ['monitor', 'retrain']), ('retrain_report', CODE, ['retrain']), ('cli', CODE, []), ('core', PROSE, [])]
+         ('forest', CODE, FROM['train']), ('importance', CODE, ['evaluate', 'card']), ('fairness', CODE, ['fairness', 'card', 'retrain']),
+         ('swap', CODE, ['scorecard', 'retrain']), ('rejects', CODE, ['rejects', 'card']), ('card', CODE, ['card']), ('batch', CODE, FROM['score']),
+         ('value', CODE, ['value']), ('drift_report', CODE, ['monitor', 'retrain']), ('retrain_report', CODE, ['retrain']),
+         ('cli', CODE, []), ('core', PROSE, [])]
 DUE_AFTER = """import json, pathlib, sys; from ploomber.spec import DAGSpec
 for module, text, expected in json.load(sys.stdin):
     path = pathlib.Path('riskscore', f'{module}.py')
@@ -112,7 +114,7 @@ def test_an_edit_in_a_notebook_reruns_what_depends_on_it(project):
     book = json.loads(task.read_text())
     book['cells'][-1]['source'] = ['print(run.rows)\n', *book['cells'][-1]['source']]
     task.write_text(json.dumps(book))
-    assert due(project) == {'score', 'value', 'monitor', 'retrain'}
+    assert due(project) == set(SCORED)
     for path, content in before.items():
         path.write_bytes(content)
     assert due(project) == set()

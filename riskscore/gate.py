@@ -60,7 +60,7 @@ def _losses(bad:npt.NDArray[np.bool_], pd:npt.NDArray[np.float64])->dict[str, np
     p = np.clip(pd, 1e-12, 1 - 1e-12)
     return {'log_loss': -np.where(bad, np.log(p), np.log1p(-p)), 'brier': (p - bad) ** 2, 'stated': p - bad}
 
-# %% ../nbs/38_gate.ipynb #ce0d20a3
+# %% ../nbs/38_gate.ipynb #bde4aed6
 def paired_bootstrap(
     bad:npt.ArrayLike, # (rows,) outcomes: 1 = bad
     champion:npt.ArrayLike, # (rows,) its pds
@@ -69,7 +69,7 @@ def paired_bootstrap(
     resamples:int=2_000, # draws
     seed:int=0, # of the draws
     level:float=0.99, # of the intervals
-)->dict[str, dict[str, float]]: # auc, log_loss, brier, calibration (mean pd less bad rate, without sign) and value: champion, challenger, gain, low, high
+)->dict[str, dict[str, float]]: # auc, log_loss, brier, stated (mean pd less bad rate, without sign) and value: champion, challenger, gain, low, high
     "By how much a challenger is better; a gain above 0 is always for the better."
     (y, first), (_, second) = (checked(bad, pd, probability=True) for pd in (champion, challenger))
     areas, means = [_auc_of(y, pd) for pd in (first, second)], [_losses(y, pd) for pd in (first, second)]
@@ -130,6 +130,24 @@ def _stuck(column:ColumnReference, values:npt.NDArray[Any])->str:
     cell = cells_of(column, np.array([answer], dtype=values.dtype))[0]
     rise = share - float(column.counts[cell]) / max(int(column.counts.sum()), 1)
     return f'{answer} is the answer of {share:.0%}, {rise * 100:.0f} points more than in history' if rise > _RISE.get(column.form, _RISE_OF_FEW) else ''
+
+# %% ../nbs/38_gate.ipynb #3d71dbdb
+_TOLD, _NEARER = 0.1, 4.0  # by which the bad rate must be off, and times that it must be nearer when read the other way round
+
+
+def _exchanged(bad:npt.NDArray[np.float64], pd:npt.NDArray[np.float64])->str:
+    "Whether good and bad look exchanged, in words; an empty string when not."
+    rate, said = float(bad.mean()), float(pd.mean())
+    off, turned = abs(said - rate), abs(said - (1 - rate))
+    told = off > _TOLD and turned * _NEARER < off and auc(bad, pd) < 0.5
+    return f'{rate:.0%} are bad where {said:.0%} were foretold, in the reverse order: good and bad look exchanged' if told else ''
+
+# %% ../nbs/38_gate.ipynb #840ae4bb
+def _with_outcomes(found:dict[str, Any], target:str, why:str, accepted:Collection[str])->dict[str, Any]:
+    "A canary that has seen the outcomes, too."
+    if not why or target in accepted:
+        return found
+    return found | {'broken': {**found['broken'], target: why}, 'passed': False, 'words': f"The feed looks broken in {', '.join([*found['broken'], target][:3])}."}
 
 # %% ../nbs/38_gate.ipynb #be572755
 def reference_of(
@@ -203,7 +221,7 @@ def _highest(rate:float, best:float, rows:int, rule:GateRule)->float:
     spread = np.sqrt((1 - ours) / (ours * rows) + (1 - theirs) / (theirs * rows))
     return float(ours / theirs * np.exp(NormalDist().inv_cdf((1 + rule.level) / 2) * spread))
 
-# %% ../nbs/38_gate.ipynb #1f79f4fc
+# %% ../nbs/38_gate.ipynb #3cf0fd1f
 def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np.object_]], rule:GateRule)->dict[str, Any]:
     "Approval under both models, of all and of each protected group."
     yes = [decision == 'approve' for decision in decisions]
@@ -217,10 +235,10 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
         for name, rate in rates.items():
             ratio = [rate[i] / best[i] if best[i] else 1.0 for i in (0, 1)]
             found['groups'].append({'column': column.name, 'group': name, 'applications': int(masks[name].sum()), 'rates': rate, 'ratio': ratio,
-                                    'worse': ratio[0] >= rule.four_fifths > _highest(rate[1], best[1], int(masks[name].sum()), rule)})
+                                    'worse': _highest(rate[1], best[1], int(masks[name].sum()), rule) < min(rule.four_fifths, ratio[0])})
     return found
 
-# %% ../nbs/38_gate.ipynb #0c047a69
+# %% ../nbs/38_gate.ipynb #2890b3e3
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -245,6 +263,7 @@ def gate(
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)
+    found['canary'] = _with_outcomes(found['canary'], _outcome(champion.contract), _exchanged(bad, seen.pds[0]), accepted)
     figures = paired_bootstrap(bad, *seen.pds, seen.values, rule.resamples, seed, rule.level)
     same = _twin(champion, challenger, twin, frame, bad, rule, seed, threads) if twin else None
     asked = everybody if everybody and frame_rows(everybody) else frame
@@ -341,7 +360,7 @@ def _not_worse(figures:Mapping[str, Mapping[str, float]], rule:GateRule)->list[d
                    f"{value['challenger']:,.4g} under the challenger's, {value['gain']:+,.4g} ({value['low']:+,.4g} to {value['high']:+,.4g}); "
                    'it may not be clearly less.')]
 
-# %% ../nbs/38_gate.ipynb #179d9c99
+# %% ../nbs/38_gate.ipynb #e319f488
 def _fair(found:Mapping[str, Any], rule:GateRule)->list[dict[str, Any]]:
     "Protected groups."
     groups, approvals = found['groups'], found['approvals']['groups']
@@ -352,7 +371,7 @@ def _fair(found:Mapping[str, Any], rule:GateRule)->list[dict[str, Any]]:
     size = f'{rule.group_rows} outcomes, {rule.group_of_class} of each kind'
     calm = f'{len(groups)} groups are large enough to judge ({size}); none is worse off by more than the margin.'
     return [_check('protected groups', not worse, '; '.join(worse) or calm),
-            _check('approvals', not fewer, '; '.join(fewer) or f'No group falls below four fifths; {len(approvals)} were compared.')]
+            _check('approvals', not fewer, '; '.join(fewer) or f'No group falls below four fifths, or further below; {len(approvals)} were compared.')]
 
 # %% ../nbs/38_gate.ipynb #69f56869
 def _swap(bad:npt.NDArray[np.float64], seen:_Judged)->dict[str, Any]:

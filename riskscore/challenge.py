@@ -229,14 +229,14 @@ def _verdict_of(cause:Cause, found:Mapping[str, Any], made:Challenger)->dict[str
              + (' It learnt from recent outcomes alone, those of approved applications: of others it knows less.' if made.memory == 'none' else ''))
     return _decided('promoted', words, 'Services follow the pointer by themselves. Watch its outcomes; riskscore rollback leads back.')
 
-# %% ../nbs/39_challenge.ipynb #21fc7a18
+# %% ../nbs/39_challenge.ipynb #5eb477a4
 def _settled(evidence:dict[str, Any], pointer:str|Path, bundle:Path|None, terms:Terms, now:datetime|None)->dict[str, Any]:
     "Changes the pointer, or puts the challenger in the shadow."
     sealed = _sealed(evidence, pointer, terms)
     if bundle is None:
         return sealed
     if sealed['decision'] == 'promoted':
-        promote(pointer, bundle, terms.actor, sealed['words'][:500], sealed['digest'], now)
+        promote(pointer, bundle, terms.actor, sealed['words'][:500], sealed['digest'], now, sealed['champion'])
     elif sealed['gate']['canary']['passed']:  # what has learnt a broken feed is nowhere put to use
         write_pointer(Path(pointer).with_name('challenger.json'), bundle)
     return sealed

@@ -5,10 +5,9 @@
 # %% auto #0
 __all__ = ['Change', 'history_of', 'promote', 'rollback', 'cooling']
 
-# %% ../nbs/34_promotion.ipynb #38dbdc67
+# %% ../nbs/34_promotion.ipynb #cce34532
 import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -34,15 +33,14 @@ class Change:
     pointer: Mapping[str, Any]  # content of the pointer before the change; empty when there was none
     link: str = ''  # SHA-256 of the line before
 
-# %% ../nbs/34_promotion.ipynb #c54a922d
+# %% ../nbs/34_promotion.ipynb #e93aae58
 def history_of(
     pointer:str|Path, # pointer file of the model that decides, such as data/models/champion.json
 )->list[Change]: # oldest first; empty when nothing was ever changed
     "The changes of a pointer."
     path = _log_of(pointer)
-    lines = path.read_text(encoding='utf-8').splitlines() if path.is_file() else []
     changes, link = [], ''
-    for i, line in enumerate(lines, 1):
+    for i, line in enumerate(_lines_of(path), 1):
         try:
             change = Change(**json.loads(line))
         except (ValueError, TypeError) as error:
@@ -58,17 +56,19 @@ def _log_of(pointer:str|Path)->Path:
     "Where the changes of a pointer are kept."
     return Path(pointer).with_name(f'{Path(pointer).stem}.history.jsonl')
 
-# %% ../nbs/34_promotion.ipynb #7d39cc98
+# %% ../nbs/34_promotion.ipynb #197d6e57
+def _lines_of(path:Path)->list[str]:
+    "The lines of a history; text may hold other ends of lines, which end none here."
+    text = path.read_text(encoding='utf-8').removesuffix('\n') if path.is_file() else ''
+    return text.split('\n') if text else []
+
+# %% ../nbs/34_promotion.ipynb #6e2da635
 def _append(pointer:Path, change:Mapping[str, Any])->None:
-    "Adds a line; it is on the disk when this returns."
+    "Adds a line, wholly or not at all; it is on the disk when this returns."
     history_of(pointer)  # a damaged history is not continued
-    path = _log_of(pointer)
-    last = path.read_text(encoding='utf-8').splitlines()[-1:] if path.is_file() else []
-    line = canonical_json({**change, 'link': digest_bytes(last[0].encode()) if last else ''})
-    with open(path, 'a', encoding='utf-8') as file:
-        file.write(line + '\n')
-        file.flush()
-        os.fsync(file.fileno())
+    lines = _lines_of(_log_of(pointer))
+    link = digest_bytes(lines[-1].encode()) if lines else ''
+    write_text(_log_of(pointer), ''.join(f'{line}\n' for line in [*lines, canonical_json({**change, 'link': link})]))
 
 # %% ../nbs/34_promotion.ipynb #c6b93557
 @contextmanager
@@ -79,23 +79,22 @@ def _alone(pointer:Path)->Iterator[None]:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
-# %% ../nbs/34_promotion.ipynb #0f98d7f8
+# %% ../nbs/34_promotion.ipynb #03e652f0
 def _content(pointer:Path)->dict[str, Any]:
     "What a pointer says; empty when there is none."
     try:
-        found = json.loads(pointer.read_text(encoding='utf-8'))
+        return dict(json.loads(pointer.read_text(encoding='utf-8')).items())
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, AttributeError) as error:
         raise RiskError(f'The pointer {pointer} cannot be read: {error}. Restore it, or build a model with `ploomber build`.') from error
-    return dict(found)
 
 # %% ../nbs/34_promotion.ipynb #d202376c
 def _now(now:datetime|None)->str:
     "A time as it is written."
     return (now or datetime.now(UTC)).astimezone(UTC).isoformat(timespec='seconds')
 
-# %% ../nbs/34_promotion.ipynb #fbb2c89b
+# %% ../nbs/34_promotion.ipynb #b29fc32e
 def promote(
     pointer:str|Path, # of the model that decides; made if it is not there
     bundle:str|Path, # directory of the new model
@@ -103,6 +102,7 @@ def promote(
     reason:str, # why
     evidence:str='', # SHA-256 of the evidence
     now:datetime|None=None, # None: the clock
+    over:str|None=None, # version that it was judged against, which must decide still; None: any
 )->Change: # what was written down
     "Puts a model in charge."
     pointer, bundle = Path(pointer), Path(bundle)
@@ -113,6 +113,8 @@ def promote(
         before = _content(pointer)
         if before.get('version') == version:
             raise RiskError(f'Model {version} decides already.')
+        if over not in (None, before.get('version')):
+            raise RiskError(f'Model {version} was judged against {over}, but {before.get("version", "none")} decides now: somebody changed it. Look again.')
         change = _change(now, actor, 'promoted', version, before, reason, evidence)
         _append(pointer, change)
         write_pointer(pointer, bundle, pointed_policy(pointer, bundle))
@@ -186,14 +188,16 @@ def _loaded(pointer:Path, content:Mapping[str, Any])->Scorer:
         raise RiskError(f'{path} holds the model {scorer.version} and not {content["version"]}. Restore it, or name another version with --to.')
     return scorer
 
-# %% ../nbs/34_promotion.ipynb #dfb27777
+# %% ../nbs/34_promotion.ipynb #bef013ea
 def cooling(
     pointer:str|Path, # of the model that decides
     days:float, # of rest after a change
     now:datetime|None=None, # None: the clock
 )->float: # days that are left; 0 when a model may be promoted
     "How long the model that decides must be left alone."
-    changes = history_of(pointer)
+    changes, content = history_of(pointer), _content(Path(pointer))
+    while changes and changes[-1].pointer == content:  # written down, but the pointer is as before: it ended in between
+        changes.pop()
     if not changes:
         return 0.0
     since = (now or datetime.now(UTC)) - datetime.fromisoformat(changes[-1].at)

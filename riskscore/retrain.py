@@ -7,10 +7,10 @@ __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows'
            'recent_from_file', 'recent_from_table', 'unseen', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory',
            'Challenger', 'train_challenger', 'recalibrate']
 
-# %% ../nbs/33_retrain.ipynb #300d922b
+# %% ../nbs/33_retrain.ipynb #09147cf7
 import json
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -133,15 +133,16 @@ def _stacked(contract:Contract, typed:Sequence[Mapping[str, Any]])->Frame:
     kinds = {c.name: object if _null_value(c) is None else np.float64 for c in contract.columns.values()}
     return {name: np.array([record[name] for record in typed], dtype=kind) for name, kind in kinds.items()}
 
-# %% ../nbs/33_retrain.ipynb #0860db78
+# %% ../nbs/33_retrain.ipynb #6cfe6515
 def broken_windows(
     store:Store, # the log
+    accepted:Collection[str]=(), # columns that look broken, and that a person has found right
 )->list[tuple[str, str]]: # from and to, as the store spells times
     "Windows in which a verdict found a broken column."
     v = store.tables['verdicts']
     with store.read() as connection:
         rows = connection.execute(sa.select(v.c.started_at, v.c.ended_at, v.c.content).order_by(v.c.started_at)).all()
-    return [(row.started_at, row.ended_at) for row in rows if json.loads(row.content).get('broken')]
+    return [(row.started_at, row.ended_at) for row in rows if set(json.loads(row.content).get('broken', ())) - set(accepted)]
 
 # %% ../nbs/33_retrain.ipynb #003b8adb
 def latest_applications(
@@ -220,21 +221,51 @@ def recent_from_table(
     frame = read_columns(path, contract, names)
     return _ordered(contract, frame, np.isfinite(frame[target]))
 
-# %% ../nbs/33_retrain.ipynb #d40b2de6
+# %% ../nbs/33_retrain.ipynb #5918c4e5
 def unseen(
     recent:Recent, # outcomes
     history:Blocks, # what the champion learnt from
     contract:Contract, # names the id
 )->Recent: # without those that history holds, by their id
-    "Leaves out what the champion has learnt from."
-    if contract.id is None or not recent.rows:
+    "Leaves out what the champion has learnt from, and all but the last outcome of an application."
+    if not recent.rows:
         return recent
-    name = contract.id.name
-    ids = recent.frame[name].tolist()
-    known = set(ids) & {value for frame in history() for value in frame[name].tolist()}
-    fresh = np.array([value is None or value not in known for value in ids])
-    left_out = {**recent.left_out, **({'in history already': int((~fresh).sum())} if not fresh.all() else {})}
-    return replace(recent.part(fresh), left_out=left_out)
+    held, again = np.zeros(recent.rows, dtype=bool), _again(recent.frame, history, contract)
+    if contract.id:
+        ids = recent.frame[contract.id.name].tolist()
+        known = set(ids) & {value for frame in history() for value in frame[contract.id.name].tolist()}
+        held, again = np.array([value is not None and value in known for value in ids]), again | _repeated(ids)
+    counts = {'in history already': int(held.sum()), 'the same application again': int((again & ~held).sum())}
+    return replace(recent.part(~held & ~again), left_out={**recent.left_out, **{reason: n for reason, n in counts.items() if n}})
+
+# %% ../nbs/33_retrain.ipynb #c5529e88
+def _repeated(keys:Sequence[Any])->npt.NDArray[np.bool_]:
+    "Which rows come again later; None never does."
+    last = {key: i for i, key in enumerate(keys)}
+    return np.array([key is not None and last[key] != i for i, key in enumerate(keys)], dtype=bool)
+
+# %% ../nbs/33_retrain.ipynb #b04d2225
+_AGAIN = 0.05  # share of rows by which more of them are the same than in history
+
+
+def _again(frame:Frame, history:Blocks, contract:Contract)->npt.NDArray[np.bool_]:
+    "Rows that come again later with the same answers, where that is rarer in history: what is learnt from would judge, too."
+    names, rows, before = [c.name for c in contract.feature_columns if c.name in frame], frame_rows(frame), list[Any]()
+    for block in history():
+        before += _records(block, names)[:rows - len(before)]
+        if len(before) == rows:
+            break
+    now = _records(frame, names)
+    some = np.random.default_rng(0).choice(rows, len(before), replace=False)
+    much = before and _repeated([now[i] for i in some]).mean() > _repeated(before).mean() + _AGAIN
+    return _repeated(now) if much else np.zeros(rows, dtype=bool)
+
+# %% ../nbs/33_retrain.ipynb #d0b2a3c0
+def _records(frame:Frame, names:Sequence[str])->list[Any]:
+    "Rows as keys; those without a value are the same."
+    numbers = [frame[name] for name in names if frame[name].dtype.kind == 'f']
+    packed = np.array(numbers, dtype=np.float64).reshape(len(numbers), frame_rows(frame)).T + 0.0
+    return list(zip((row.tobytes() for row in packed), *(frame[name].tolist() for name in names if frame[name].dtype.kind != 'f'), strict=True))
 
 # %% ../nbs/33_retrain.ipynb #24a58c41
 def hold_back(
@@ -401,10 +432,10 @@ def train_challenger(
     twin = _plain_fit(contract, recipe, _Rows(history, learn.frame, rows.share, total / (old + learn.rows), recipe.seed + 1)) if more else None
     return Challenger(bundle, memory, {'old': old, 'recent': learn.rows, 'history': total}, twin)
 
-# %% ../nbs/33_retrain.ipynb #f20622ff
+# %% ../nbs/33_retrain.ipynb #b4267043
 def _until(learn:Recent)->dict[str, float]:
     "The time up to which outcomes have been learnt from."
-    return {'until': float(learn.when[-1])} if learn.dated and learn.rows else {}
+    return {'until': float(learn.when[-1])} if learn.dated and learn.rows and np.isfinite(learn.when[-1]) else {}
 
 # %% ../nbs/33_retrain.ipynb #33eabd71
 def _train(contract:Contract, recipe:Recipe, learnt:_Learnt, old:int)->tuple[Trained, Assembled]:

@@ -26,7 +26,7 @@ def _few(labels:Sequence[str], shares:Sequence[np.ndarray], most:int)->tuple[lis
     rest = np.setdiff1d(np.arange(len(labels)), kept)
     return [*(labels[i] for i in kept), f'{len(rest)} others'], [np.append(share[kept], share[rest].sum()) for share in shares]
 
-# %% ../nbs/42_drift_plots.ipynb #ced1c2fa
+# %% ../nbs/42_drift_plots.ipynb #13336828
 _BESIDE = ('rare or unseen', 'missing')
 
 
@@ -38,10 +38,10 @@ def shares_figure(
     "Shares of the groups of a column in the reference and now."
     names, sides = list(shown['labels']), [np.asarray(shown[side], dtype=np.float64) for side in ('reference', 'now')]
     usual = len(names) - sum(name in _BESIDE for name in names[-2:])
-    if not usual:
-        raise RiskError('There is nothing to draw: expected at least one group of values.')
     labels, shares = _few(names[:usual], [side[:usual] for side in sides], most)
-    extra = [i for i in range(usual, len(names)) if max(side[i] for side in sides) >= 0.001]
+    extra = [i for i in range(usual, len(names)) if max(side[i] for side in sides) >= 0.001]  # alone in a column that is always missing
+    if not usual and not extra:
+        raise RiskError('There is nothing to draw: expected at least one group of values.')
     then, now = (np.append(share, side[extra])[::-1] for share, side in zip(shares, sides, strict=True))
     figure, axes = new_axes(label, '', (4.2, 0.8))
     name_rows(axes, [*labels, *(names[i] for i in extra)][::-1], height=0.19)

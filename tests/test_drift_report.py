@@ -178,6 +178,15 @@ def test_a_column_that_is_not_there_is_named(folder):
     assert found['broken'] == ['income'] and any('lacks these columns' in note and 'income' in note for note in found['notes'])
 
 
+def test_a_column_that_was_always_empty_has_a_page(folder):
+    "Nobody ever filled it, or somebody does now: neither keeps the report from being written."
+    raw, page = applications(700, seed=6), folder / 'empty.html'
+    write_csv(folder / 'empty.csv', raw | {'income': [None] * 700})
+    for now, code in (('empty.csv', 0), ('calm.csv', 2)):
+        done = drift(folder, now, '-o', str(page), before='empty.csv')
+        assert done.exit_code == code and Page(page.read_text(encoding='utf-8')).wrong == [], done.output
+
+
 def test_two_files_that_nobody_has_described(tmp_path, monkeypatch):
     "Without a contract that fits, the outcome's name is enough, and is asked for."
     monkeypatch.chdir(tmp_path)

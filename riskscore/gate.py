@@ -142,12 +142,13 @@ def _exchanged(bad:npt.NDArray[np.float64], pd:npt.NDArray[np.float64])->str:
     told = off > _TOLD and turned * _NEARER < off and auc(bad, pd) < 0.5
     return f'{rate:.0%} are bad where {said:.0%} were foretold, in the reverse order: good and bad look exchanged' if told else ''
 
-# %% ../nbs/38_gate.ipynb #840ae4bb
+# %% ../nbs/38_gate.ipynb #5e4ee69d
 def _with_outcomes(found:dict[str, Any], target:str, why:str, accepted:Collection[str])->dict[str, Any]:
     "A canary that has seen the outcomes, too."
     if not why or target in accepted:
         return found
-    return found | {'broken': {**found['broken'], target: why}, 'passed': False, 'words': f"The feed looks broken in {', '.join([*found['broken'], target][:3])}."}
+    broken = {target: why, **found['broken']}
+    return found | {'broken': broken, 'passed': False, 'words': f"The feed looks broken in {', '.join(list(broken)[:3])}."}
 
 # %% ../nbs/38_gate.ipynb #be572755
 def reference_of(

@@ -455,7 +455,10 @@ def _add_trial(book:_Book, batch:_Batch, entry:Entry, key:str|None, text:str)->N
     '\0'.join(f for f in fields if type(f) is str).encode()  # text that no database stores fails here, not with its neighbours
     batch.trials += fields
 
-# %% ../nbs/13_journal.ipynb #546f3fb7
+# %% ../nbs/13_journal.ipynb #91b3d7f1
+_FOLLOWED = 16_384 # decisions that wait in memory for whoever follows
+
+
 def _commit(book:_Book, entries:Sequence[Entry])->list[Answer|Exception]:
     "Stores a batch in one transaction."
     _begin(book)
@@ -472,8 +475,8 @@ def _commit(book:_Book, entries:Sequence[Entry])->list[Answer|Exception]:
         book.insert('windows', [v for (slot, name, item), n in batch.counts.items() for v in (slot, book.writer, name, item, n)])
     told = _ride(book)
     _end(book, batch.seq, batch.mac)
-    if book.follow is not None:
-        book.follow.extend(batch.decided)
+    if book.follow is not None and batch.decided:
+        book.follow.extend(batch.decided if len(book.follow) < _FOLLOWED else [batch.seq])  # whoever is so far behind reads the store
     _let_go(book, told)
     return batch.results
 

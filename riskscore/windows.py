@@ -323,29 +323,28 @@ def _follow(live:LiveCounts)->None:
     except Exception as error:
         log.warning('The last counts are left to the monitor: %s', error)
 
-# %% ../nbs/15_windows.ipynb #cea1a993
+# %% ../nbs/15_windows.ipynb #0cd278ec
 def _count(live:LiveCounts)->None:
     "Counts a block of what was decided; where a number stands for it, from the store."
     block: list[Decided] = []
     while live.decided and len(block) < BLOCK:
-        if isinstance(live.decided[0], int):
-            if block:
-                break
-            upto = live.decided.popleft()
-            assert isinstance(upto, int)
-            return _recount(live, live._tally, upto)
-        found = live.decided.popleft()
-        assert isinstance(found, Decided)
-        block.append(found)
+        first = live.decided[0]
+        if isinstance(first, int):
+            if not block:
+                _recount(live, first)
+                live.decided.popleft()  # now, and not before: it is needed again when the store does not answer
+            break
+        block.append(first)
+        live.decided.popleft()
     live._tally.add(block, live.watched, live.window)
 
-# %% ../nbs/15_windows.ipynb #7e861034
-def _recount(live:LiveCounts, tally:Tally, upto:int)->None:
-    "Adds to a tally what the store has behind its last number."
-    while entries := stored_decisions(live.store, live.watched, live.journal.writer, tally.through, upto, BLOCK):
-        tally.add(entries, live.watched, live.window)
+# %% ../nbs/15_windows.ipynb #06610d75
+def _recount(live:LiveCounts, upto:int)->None:
+    "Adds to the tally what the store has behind its last number."
+    while entries := stored_decisions(live.store, live.watched, live.journal.writer, live._tally.through, upto, BLOCK):
+        live._tally.add(entries, live.watched, live.window)
 
-# %% ../nbs/15_windows.ipynb #e8ff52f8
+# %% ../nbs/15_windows.ipynb #a88bd2d5
 def _write_sums(live:LiveCounts)->None:
     "Hands over what was counted since the last time; again, when somebody else has moved the number."
     while live.decided:
@@ -361,7 +360,8 @@ def _write_sums(live:LiveCounts)->None:
         else:  # the monitor was there, or a commit was made whose answer was lost
             log.info('The counts of chain %s went on without it, up to row %d.', name, moved)
             live._through, live._tally, live._sums = moved, Tally(moved), {}
-            _recount(live, live._tally, tally.through)
+            live.decided.appendleft(tally.through)
+            _count(live)
 
 # %% ../nbs/15_windows.ipynb #2dfeff83
 def _carried(live:LiveCounts, write:Callable[[Callable[..., Any], str], int|None])->int|None:

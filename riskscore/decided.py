@@ -23,7 +23,7 @@ from .journal import slot_of
 from .reference import reference_from_bytes
 from .store import Store
 
-# %% ../nbs/31_decided.ipynb #969fba49
+# %% ../nbs/31_decided.ipynb #c250e5ad
 class Decided:
     "Counts the applications that a run decides; a witness for `score_batch`."
 
@@ -51,8 +51,10 @@ class Decided:
 
     def finish(self, run: BatchRun) -> None:
         "Stores the counts; raises while decisions are stopped."
-        name = f'file {run.digest[:32]} {run.policy_version}'
+        name = f'file {run.digest[:32]} {run.model_version} {run.policy_version}'
         with self.store.write() as connection:
+            if self.store.path is None:  # neither a stop nor the same file comes in between
+                connection.exec_driver_sql('SELECT pg_advisory_xact_lock(7317202)')
             _require_running(self.store, connection)
             if before := _counted(self.store, connection, name):
                 run.notes.append(f'the monitor has counted this file before, in the window of {before}, and does not count it again')

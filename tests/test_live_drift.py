@@ -4,9 +4,11 @@ import json
 import os
 import random
 import signal
+import threading
 import time
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -19,11 +21,13 @@ from watched import KEY, counts_of, decide, items_of, raw_rows, scored, watched_
 
 from riskscore.bundle import load_bundle
 from riskscore.chain import new_id, now
+from riskscore.core import RiskError
+from riskscore.decided import Decided
 from riskscore.drift import judge_drift
 from riskscore.fast import FastScorer
 from riskscore.journal import Journal
 from riskscore.store import StoreUnavailable, open_store
-from riskscore.windows import LiveCounts, Watched, WindowSums, catch_up, evolution, join_days, window_series
+from riskscore.windows import LiveCounts, Watched, WindowSums, catch_up, evolution, join_days, stored_decisions, window_series
 
 HOUR = '2026-03-02T{:02d}:30:00.000000Z'
 
@@ -87,6 +91,10 @@ def check_counts(store, model, name: str = 'checker') -> int:
     return left
 
 
+def refuse(error: Exception) -> None:
+    raise error
+
+
 # ---------------------------------------------------------------- in one process
 
 def test_workers_that_end_and_workers_that_die_are_counted_once(place, model):
@@ -126,8 +134,10 @@ def test_a_monitor_that_counts_for_living_workers_is_no_second_count(place, mode
 
 @pytest.mark.parametrize('happened', [False, True], ids=['lost before', 'lost after'])
 @pytest.mark.parametrize('riding', [False, True], ids=['a decision', 'the counts'])
-def test_a_commit_of_unknown_fate_is_counted_as_it_went(tmp_path, model, happened, riding):
+def test_a_commit_of_unknown_fate_is_counted_as_it_went(tmp_path, model, happened, riding, monkeypatch):
     place, rows = Place(f'sqlite:///{tmp_path}/riskscore.db', tmp_path / 'anchors'), raw_rows(30)
+    away = [StoreUnavailable('not yet')]  # nor does the store answer at once when it is asked what happened
+    monkeypatch.setattr('riskscore.windows.stored_decisions', lambda *args: refuse(away.pop()) if away else stored_decisions(*args))
 
     async def run(store):
         live = LiveCounts(every=60.0)
@@ -145,6 +155,7 @@ def test_a_commit_of_unknown_fate_is_counted_as_it_went(tmp_path, model, happene
         else:
             with pytest.raises(StoreUnavailable):
                 await journal.put(scored(model, rows[10]))
+        assert live.flush(5.0)
         await journal.put_many([scored(model, row) for row in rows[11:]])
         assert live.flush(5.0)
         told = live.sums(model).read('', '~').rows
@@ -155,6 +166,50 @@ def test_a_commit_of_unknown_fate_is_counted_as_it_went(tmp_path, model, happene
     with opened(place) as store:
         assert asyncio.run(run(store)) == 29 + (happened and not riding)
         assert check_counts(store, model) == 0
+
+
+def test_whoever_is_far_behind_reads_the_store(tmp_path, model, monkeypatch):
+    monkeypatch.setattr('riskscore.journal._FOLLOWED', 20)
+    place = Place(f'sqlite:///{tmp_path}/riskscore.db', tmp_path / 'anchors')
+
+    async def run(store):
+        live = LiveCounts()
+        live.know(model)
+        journal = Journal(store, KEY, place.anchors, follow=live.decided)
+        journal.start()
+        for _ in range(10):
+            await journal.put_many([scored(model, row) for row in raw_rows(10)])
+        waiting = len(live.decided)
+        live.start(store, journal)
+        assert live.flush(5.0)
+        await asyncio.to_thread(journal.close)
+        await asyncio.to_thread(live.close)
+        return waiting
+
+    with opened(place) as store:
+        assert asyncio.run(run(store)) == 28  # 20, and a number for each of eight transactions
+        assert check_counts(store, model) == 0
+
+
+@pytest.mark.parametrize('place', ['postgresql'], indirect=True)
+def test_a_file_waits_for_a_stop_that_is_being_set(place, model):
+    run, told = SimpleNamespace(digest='d' * 64, model_version='m', policy_version='p', notes=[]), []
+
+    def finish(witness):
+        try:
+            witness.finish(run)
+        except RiskError as error:
+            told.append(str(error))
+
+    with opened(place) as store:
+        thread = threading.Thread(target=finish, args=(Decided(model.scorer, store),))
+        with store.write() as connection:
+            connection.exec_driver_sql('SELECT pg_advisory_xact_lock(7317202)')
+            thread.start()
+            thread.join(0.3)
+            connection.execute(store.tables['state'].insert(), {'name': 'stop', 'value': '{"stopped":true}', 'version': 1, 'changed_at': '', 'changed_by': ''})
+        thread.join()
+        assert 'decides nothing' in told[0]
 
 
 def test_a_stopped_application_is_counted_when_it_is_scored(tmp_path, model):

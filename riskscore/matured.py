@@ -235,7 +235,7 @@ def _blocks(found:Sequence[_Outcome], size:int=5000)->Iterator[Sequence[_Outcome
     for start in range(0, len(found), size):
         yield found[start:start + size]
 
-# %% ../nbs/14_matured.ipynb #81d1c569
+# %% ../nbs/14_matured.ipynb #878569bc
 def watch_outcomes(
     store:Store, # the log
     scorer:Scorer, # the model whose decisions are watched
@@ -250,7 +250,7 @@ def watch_outcomes(
     if outcome_days < 0:
         raise RiskError(f'outcome_days is how long a loan is watched: expected 0 or more, got {outcome_days}.')
     settings = _Settings(int(outcome_days), float(alpha), float(tolerance), float(auc_tolerance))
-    until = until or (now() if store.path else _later_by(now(), -60))
+    until = until or _settled(store)
     for _ in range(5):
         kept, fed = _recall(store, scorer, settings, threads), 0
         for block in _blocks(_ready(store, scorer.version, settings.outcome_days, kept.after, until)):
@@ -262,10 +262,13 @@ def watch_outcomes(
             return _answer(store, scorer, kept, fed, until)
     raise RiskError('Other processes keep taking in the same outcomes. Let one monitor run at a time.')
 
-# %% ../nbs/14_matured.ipynb #f352f461
-def _later_by(moment:str, seconds:int)->str:
-    "A time of the store, some seconds on: a transaction that began before then has ended."
-    return (datetime.fromisoformat(moment[:-1]) + timedelta(seconds=seconds)).isoformat(timespec='microseconds') + 'Z'
+# %% ../nbs/14_matured.ipynb #f8fbf97a
+def _settled(store:Store)->str:
+    "A time before which no outcome will come any more: SQLite's only write lock, or a minute in which others have committed."
+    if store.path is None:
+        return (datetime.fromisoformat(now()[:-1]) - timedelta(seconds=60)).isoformat(timespec='microseconds') + 'Z'
+    with store.write():
+        return now()
 
 # %% ../nbs/14_matured.ipynb #a7cc44f5
 def _answer(store:Store, scorer:Scorer, kept:_Kept, fed:int, until:str)->dict[str, Any]:

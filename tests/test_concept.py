@@ -20,7 +20,7 @@ from riskscore import matured
 from riskscore.anytime import CalibrationTest, RankingTest, from_state, log_bet, state_of, verdict_of
 from riskscore.bundle import load_bundle
 from riskscore.calibration import sigmoid
-from riskscore.chain import new_id
+from riskscore.chain import new_id, now
 from riskscore.contract import check_frame
 from riskscore.core import RiskError, canonical_json
 from riskscore.matured import watch_outcomes
@@ -404,3 +404,15 @@ def test_the_reference_auc_is_that_of_those_who_were_approved(tmp_path, scorer):
     assert abs(found['ranking']['reference'] - region) < 0.1 < reference_performance(reference)['auc'] - found['ranking']['reference']
     assert found['reference'] == 'of history'
     opened.close()
+
+
+def test_outcomes_that_are_being_stored_are_waited_for(tmp_path):
+    store, told = open_store(f'sqlite:///{tmp_path}/log.db'), []
+    thread = threading.Thread(target=lambda: told.append(matured._settled(store)))
+    with store.write():
+        thread.start()
+        thread.join(0.1)
+        last = now()  # an outcome may be stored with this time
+    thread.join()
+    assert told[0] >= last
+    store.close()

@@ -189,14 +189,15 @@ def _unusual(counts:Mapping[str, Mapping[str, int]], total:int)->list[dict[str, 
     listed = [{'column': c, 'rules': rules, 'share': round(sum(rules.values()) / max(total, 1), 4)} for c, rules in columns.items()]
     return sorted(listed, key=lambda c: (-c['share'], c['column']))
 
-# %% ../nbs/17_operations.ipynb #e415f658
+# %% ../nbs/17_operations.ipynb #77ce9354
 def last_verdict(
     store:Store, # the log
     reference:str|None=None, # digest; None: of whatever reference
 )->dict[str, Any]|None: # from, to, closed_at, rows, drift_share, flag, stop, broken, material (names) and words; None: no window was closed yet
     "What the monitor said of the window that it closed last."
     v = store.tables['verdicts']
-    query = sa.select(v).order_by(v.c.ended_at.desc(), v.c.stop.desc(), v.c.flag.desc(), v.c.rows.desc()).limit(1)
+    query = sa.select(v).where(v.c.ended_at <= now())  # a wrong clock may have left others
+    query = query.order_by(v.c.started_at.desc(), v.c.ended_at.desc(), v.c.stop.desc(), v.c.flag.desc(), v.c.rows.desc()).limit(1)  # as the key is sorted
     query = query if reference is None else query.where(v.c.reference == reference)
     with store.read() as connection:
         row = connection.execute(query).mappings().one_or_none()

@@ -37,7 +37,7 @@ from .windows import KEPT_HOURS, Watched, WindowSums, catch_up, join_days, windo
 # %% ../nbs/19_monitor.ipynb #e0738585
 log = logging.getLogger(__name__)
 
-# %% ../nbs/19_monitor.ipynb #4bc2ce08
+# %% ../nbs/19_monitor.ipynb #c0172364
 LEASE = 30.0 # seconds
 
 
@@ -53,7 +53,7 @@ def take_lease(
             at = time.time() if store.path else float(connection.exec_driver_sql('SELECT EXTRACT(EPOCH FROM clock_timestamp())').scalar() or 0)
             row = connection.execute(sa.select(k).where(k.c.name == 'monitor').with_for_update()).mappings().one_or_none()
             held = json.loads(row['value']) if row else {}
-            if held and held['holder'] != holder and held['until'] > at:
+            if held and held['holder'] != holder and at < held['until'] <= at + 2 * max(seconds, LEASE):  # one further ahead is of a clock that was wrong
                 return False
             told = {'value': canonical_json({'holder': holder, 'until': at + seconds}), 'version': (row['version'] if row else 0) + 1}
             connection.execute(k.update().where(k.c.name == 'monitor'), told) if row else connection.execute(k.insert(), {'name': 'monitor', **told})
@@ -61,7 +61,7 @@ def take_lease(
     except sa.exc.IntegrityError:  # two took it first, and the other one was quicker
         return False
 
-# %% ../nbs/19_monitor.ipynb #e56b806d
+# %% ../nbs/19_monitor.ipynb #ac7e3cf2
 GRACE = 3.0 # seconds
 
 
@@ -73,7 +73,7 @@ def windows_to_close(
     "Windows that are over and not judged."
     v, w = store.tables['verdicts'], store.tables['drift_windows']
     with store.read() as connection:
-        last = connection.execute(sa.select(sa.func.max(v.c.ended_at))).scalar() or ''
+        last = connection.execute(sa.select(sa.func.max(v.c.ended_at)).where(v.c.ended_at <= until)).scalar() or ''
         slots = sa.select(w.c.started_at).distinct().where(w.c.started_at >= last, w.c.started_at < until).order_by(w.c.started_at)
         found = dict.fromkeys(window_of(slot, seconds) for slot in connection.execute(slots).scalars())
     return [(max(start, last), end) for start, end in found if end <= until]
@@ -184,7 +184,7 @@ class Monitor:
         "Closes what is over, and tells what there is to tell."
         return await _round(self)
 
-# %% ../nbs/19_monitor.ipynb #f134b41f
+# %% ../nbs/19_monitor.ipynb #ababed6c
 async def _round(monitor:Monitor)->Round:
     "The work of the leader."
     store, name = monitor.store, monitor.journal.writer
@@ -206,18 +206,20 @@ async def _round(monitor:Monitor)->Round:
     told.outcomes = await _tried(_watch_outcomes, monitor)
     told.last = await asyncio.to_thread(last_verdict, store)
     if windows or told.outcomes:
-        await asyncio.to_thread(_write_report, monitor, told)
+        await _tried(_write_report, monitor, told)
     if monitor.secret is not None and monitor.settings.webhook_url:
         told.sent = (await asyncio.to_thread(send_due, store, monitor.settings.webhook_url, monitor.secret))[0]
     return told
 
-# %% ../nbs/19_monitor.ipynb #9a84d621
+# %% ../nbs/19_monitor.ipynb #15dd8025
 async def _tried(act:Callable[..., Any], *what:Any)->Any:
-    "What comes of it; a part that the library refuses is logged, and holds up neither a stop nor the other parts."
+    "What comes of it; a part that fails is logged, and holds up neither a stop nor the other parts."
     try:
         return await asyncio.to_thread(act, *what)
-    except RiskError as error:
-        log.error('A part of the round was left out (%s): %s', act.__name__, error)
+    except StoreUnavailable:
+        raise
+    except Exception as error:
+        log.error('A part of the round was left out (%s): %s', act.__name__, error, exc_info=not isinstance(error, RiskError))
         return None
 
 # %% ../nbs/19_monitor.ipynb #7cd39532
@@ -254,20 +256,27 @@ def _unknown(digest:str, rows:int)->dict[str, Any]:
     return {'rows': rows, 'reference': digest, 'columns': [], 'answers': [], 'material': 0, 'drift_share': None, 'flag': 0, 'broken': [], 'stop_share': 0.0,
             'stop': False, 'words': f'{rows:,} applications cannot be judged: no bundle with the reference {digest} is left.'}
 
-# %% ../nbs/19_monitor.ipynb #e32e1bcc
+# %% ../nbs/19_monitor.ipynb #8a5c8f48
 def _acting(monitor:Monitor, windows:list[tuple[str, str]])->tuple[str, str]|None:
-    "The newest window that holds enough for a verdict."
-    return next((w for w in reversed(windows) if any(v['drift_share'] is not None for v in _verdicts(monitor, *w))), None)
+    "The newest window that holds enough for a stop."
+    enough = monitor.rule.stop_rows
+    return next((w for w in reversed(windows) if any(v['drift_share'] is not None and v['rows'] >= enough for v in _verdicts(monitor, *w))), None)
 
-# %% ../nbs/19_monitor.ipynb #ea09adaf
+# %% ../nbs/19_monitor.ipynb #7340fbcc
+def _stopping(monitor:Monitor, verdicts:list[dict[str, Any]])->dict[str, Any]|None:
+    "The verdict that stops; where the model in place has met enough applications, none on another model does."
+    reference = monitor.bundles[monitor.scorer.version].reference
+    mine = [v for v in verdicts if reference and v['reference'] == reference.digest and v['rows'] >= monitor.rule.stop_rows]
+    return next((v for v in mine or verdicts if v['stop']), None)
+
+# %% ../nbs/19_monitor.ipynb #559c6d68
 async def _close(monitor:Monitor, window:tuple[str, str], acting:bool, told:Round)->None:
     "Judges a window, does what follows, and stores the verdicts."
     start, end = window
     verdicts = await asyncio.to_thread(_verdicts, monitor, start, end)
-    stopping = next((v for v in verdicts if v['stop']), None) if acting else None
-    if stopping and (since := _resumed_in(monitor, window)):
-        verdicts_since = await asyncio.to_thread(_verdicts, monitor, since, end)
-        stopping = next((v for v in verdicts_since if v['stop']), None)
+    stopping = _stopping(monitor, verdicts) if acting else None
+    if stopping and (since := _resumed_after(monitor, start)):
+        stopping = _stopping(monitor, await asyncio.to_thread(_verdicts, monitor, since, end))
     if stopping:
         told.stopped |= (await set_stop(monitor.journal, 'monitor', stopping['words'], True))['changed']
     alerts = [a for v in verdicts if (a := _alert_of(v, window, stopping is not None))]
@@ -278,11 +287,11 @@ async def _close(monitor:Monitor, window:tuple[str, str], acting:bool, told:Roun
     await asyncio.to_thread(_store_verdicts, monitor, window, verdicts, alerts)
     told.closed.append({'from': start, 'to': end, **{k: main[k] for k in ('rows', 'drift_share', 'flag', 'stop', 'broken', 'words')}})
 
-# %% ../nbs/19_monitor.ipynb #b003518e
-def _resumed_in(monitor:Monitor, window:tuple[str, str])->str:
-    "The first hour after an operator let the service go on, if that was in this window; empty if not."
+# %% ../nbs/19_monitor.ipynb #f6739576
+def _resumed_after(monitor:Monitor, start:str)->str:
+    "The first hour after an operator let the service go on, if that was after the window began; empty if not."
     stop = stop_state(monitor.journal)
-    if stop['stopped'] or not stop['at'] or not window[0] <= stop['at'] < window[1]:
+    if stop['stopped'] or not stop['at'] or stop['at'] < start:
         return ''
     slot = slot_of(stop['at'], monitor.window)
     length = min(3600.0, monitor.window)
@@ -331,7 +340,7 @@ def _watch_outcomes(monitor:Monitor)->dict[str, Any]|None:
                 connection.execute(a.insert(), alert_rows([Alert('concept', 'warning', scorer.version, content)], monitor.secret is not None))
     return told
 
-# %% ../nbs/19_monitor.ipynb #954a5f92
+# %% ../nbs/19_monitor.ipynb #06c6617e
 EVOLUTION = 90 # windows that the report looks back
 
 
@@ -339,7 +348,7 @@ def _write_report(monitor:Monitor, told:Round)->None:
     "Writes monitoring/drift_report.json and monitoring/drift_flag.txt below the folder."
     v, folder = monitor.store.tables['verdicts'], Path(monitor.settings.folder) / 'monitoring'
     with monitor.store.read() as connection:
-        rows = connection.execute(sa.select(v).order_by(v.c.ended_at.desc(), v.c.reference).limit(EVOLUTION)).mappings().all()
+        rows = connection.execute(sa.select(v).order_by(v.c.started_at.desc(), v.c.ended_at.desc(), v.c.reference).limit(EVOLUTION)).mappings().all()
     verdicts = [json.loads(row['content']) for row in rows]
     course = [{'from': row['started_at'], 'to': row['ended_at'], 'reference': row['reference'], 'psi': {c['column']: c['psi'] for c in verdict['columns']},
                **{k: verdict[k] for k in ('rows', 'drift_share', 'flag', 'stop', 'broken')}} for row, verdict in zip(rows, verdicts, strict=True)]
@@ -349,7 +358,7 @@ def _write_report(monitor:Monitor, told:Round)->None:
     write_text(folder / 'drift_report.json', canonical_json(report))
     write_text(folder / 'drift_flag.txt', f"{int(bool(told.last and told.last['flag']))}\n")
 
-# %% ../nbs/19_monitor.ipynb #88039eed
+# %% ../nbs/19_monitor.ipynb #e0b47149
 async def rounds(
     monitor:Monitor, # started
     every:float, # seconds between rounds, at most
@@ -361,7 +370,7 @@ async def rounds(
         if monitor.journal.problem:
             raise RiskError(f'The monitor ends: {monitor.journal.problem}. Start it again when that is put right.')
         try:
-            if time.time() >= due or not led:
+            if not led or not time.time() < due <= time.time() + every:  # further ahead only where the clock was put back
                 told = await monitor.round()
                 if told.leads or led != told.leads:
                     yield told

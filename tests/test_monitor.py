@@ -8,8 +8,10 @@ import sys
 import threading
 import time
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import sqlalchemy as sa
@@ -30,7 +32,7 @@ from riskscore.ledger import verify
 from riskscore.monitor import Monitor, Round, rounds, take_lease
 from riskscore.operate import monitor as command
 from riskscore.operations import set_stop
-from riskscore.reference import fit_reference
+from riskscore.reference import fit_reference, reference_from_bytes
 from riskscore.settings import Settings
 from riskscore.store import Store
 
@@ -172,7 +174,7 @@ def test_only_the_newest_window_stops_and_not_for_what_an_operator_has_seen(here
     assert one_round(settings).stopped is False  # it was broken, and is not any more
     assert [a['kind'] for a in look(here, 'alerts')] == ['broken']
     traffic(here, model, 8, **BROKEN)
-    traffic(here, model, 9, rows=20)  # too few to say that all is well again
+    traffic(here, model, 9, rows=150)  # too few to say that all is well again
     assert one_round(settings).stopped is True
 
     async def resume(at: str) -> None:
@@ -189,26 +191,67 @@ def test_only_the_newest_window_stops_and_not_for_what_an_operator_has_seen(here
     asyncio.run(resume(f'{DAY}16:30:00.000000Z'))
     traffic(here, model, 17, **BROKEN)  # it was not
     assert one_round(longer).stopped is True
+    asyncio.run(resume('2026-03-03T02:30:00.000000Z'))
+    traffic(here, model, 21, **BROKEN)  # long before, and the monitor was down when this window ended
+    told = one_round(longer)
+    assert told.last['stop'] and not told.stopped and look(here, 'alerts')[-1]['severity'] == 'critical'
 
 
-def test_a_window_of_two_models_is_judged_for_each(here, tmp_path, pointer, model):  # noqa: F811
-    s, reference = model.scorer, model.scorer.drift
-    frame_rows = raw_rows(800, seed=77, job='pilot')
-    frame = check_frame(s.contract, {n: [r.get(n) for r in frame_rows] for n in s.contract.columns}).frame
-    other = fit_reference(s.contract, frame.__getitem__)
-    path = write_bundle(tmp_path / 'models', s.predictor, s.plan, s.calibration, s.policy, s.contract, {'second': 1}, {}, drift=other.to_bytes())
-    first = write_bundle(tmp_path / 'models', s.predictor, s.plan, s.calibration, s.policy, s.contract, {'first': 1}, {}, drift=reference)
-    write_pointer(tmp_path / 'champion.json', path)
-    for bundle, counted in ((first, False), (path, True)):
-        store = here.open()
-        asyncio.run(decide(store, here.anchors, FastScorer(load_bundle(bundle)), raw_rows(300), f'{DAY}07:10:00.000000Z', counted))
-        store.close()
+def test_files_that_cannot_be_written_hold_up_no_stop(here, pointer, model):  # noqa: F811
+    Path(here.anchors.parent, 'monitoring').write_text('a file')
+    traffic(here, model, 7, **BROKEN)
+    assert one_round(settings_of(here, pointer)).code == 2
+
+
+def test_a_clock_that_is_put_back_holds_nothing_up(here, pointer, monkeypatch):  # noqa: F811
+    ahead = [30 * 86400.0]
+    monkeypatch.setattr('riskscore.monitor.time', SimpleNamespace(time=lambda: time.time() + ahead[0]))
+    monkeypatch.setattr('riskscore.monitor.now', lambda: datetime.fromtimestamp(time.time() + ahead[0], UTC).isoformat(timespec='microseconds')[:-6] + 'Z')
+
+    async def run() -> int:
+        ended, count = asyncio.Event(), 0
+        async with working(settings_of(here, pointer), lease=0.3) as found:
+            asyncio.get_running_loop().call_later(10.0, ended.set)
+            asyncio.get_running_loop().call_later(0.3, ahead.__setitem__, 0, 0.0)
+            async for _ in rounds(found, 3600.0, ended):
+                count += 1
+                if count == 2:
+                    ended.set()
+        return count
+
+    assert asyncio.run(run()) == 2
+
+
+def two_models(folder: Path, model: FastScorer) -> tuple[FastScorer, FastScorer]:  # noqa: F811
+    "The same model with another history, of pilots alone, and as it is; the pointer names the other history."
+    s, rows = model.scorer, raw_rows(800, seed=77, job='pilot')
+    frame = check_frame(s.contract, {n: [r.get(n) for r in rows] for n in s.contract.columns}).frame
+    drifts = {'first': s.drift, 'second': fit_reference(s.contract, frame.__getitem__).to_bytes()}
+    first, second = (write_bundle(folder / 'models', s.predictor, s.plan, s.calibration, s.policy, s.contract, {name: 1}, {}, drift=drift)
+                     for name, drift in drifts.items())
+    write_pointer(folder / 'champion.json', second)
+    return FastScorer(load_bundle(first)), FastScorer(load_bundle(second))
+
+
+def test_a_window_of_two_models_is_judged_for_each(here, tmp_path, model):  # noqa: F811
+    first, second = two_models(tmp_path, model)
+    traffic(here, first, 7, rows=300, counted=False)
+    traffic(here, second, 7, rows=300)
     told = one_round(settings_of(here, tmp_path / 'champion.json'))
     verdicts = {v['reference']: json.loads(v['content']) for v in look(here, 'verdicts')}
     assert told.counted == 300 and len(verdicts) == 2 and {v['rows'] for v in verdicts.values()} == {300}
     material = {d: [c['column'] for c in v['columns'] if c['verdict'] == 'material'] for d, v in verdicts.items()}
-    assert material[other.digest] == ['job'] and sum(map(len, material.values())) == 1  # only the second one had seen pilots alone
+    assert material[reference_from_bytes(second.scorer.drift).digest] == ['job'] and sum(map(len, material.values())) == 1  # it had seen pilots alone
     assert told.last['material'] == ['job']
+
+
+@pytest.mark.parametrize(('rows', 'stopped'), [(250, False), (20, True)], ids=['it has seen enough', 'it has not'])
+def test_the_model_in_place_decides_on_a_stop(here, tmp_path, model, rows, stopped):  # noqa: F811
+    first, second = two_models(tmp_path, model)
+    traffic(here, first, 7, **BROKEN)
+    traffic(here, second, 7, rows, job='pilot')  # trained for what broke the first one
+    told = one_round(settings_of(here, tmp_path / 'champion.json'))
+    assert told.last['stop'] and told.stopped == stopped
 
 
 # ---------------------------------------------------------------- who leads

@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['DECIDED', 'read_verdict', 'verdict_for', 'outcome_test', 'window_verdict', 'Terms', 'consider']
 
-# %% ../nbs/39_challenge.ipynb #3eb8f868
+# %% ../nbs/39_challenge.ipynb #18af9f67
 import json
 import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from datetime import datetime
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -29,35 +29,54 @@ from .promotion import cooling, promote
 from .reference import reference_from_bytes
 from .retrain import Challenger, Recent, _target, history_blocks, hold_back, recalibrate, train_challenger, unseen
 
-# %% ../nbs/39_challenge.ipynb #fa223fdd
+# %% ../nbs/39_challenge.ipynb #8e2d187a
 def read_verdict(
     path:str|Path, # drift_report.json of the monitor
-)->tuple[dict[str, Any]|None, dict[str, Any]|None]: # the verdict and what the test of outcomes says; None where the file lacks them
+)->dict[str, Any]|None: # the last verdict, with `until` where the file says it; None where it lacks one
     "Reads what the monitor found."
     try:
         content = json.loads(Path(path).read_text(encoding='utf-8'))
     except FileNotFoundError:
-        return None, None
+        return None
     except (OSError, ValueError) as error:
         raise RiskError(f'{path} is no drift report: {error}. Run `riskscore monitor --once` to write it anew.') from error
     if not isinstance(content, dict):
         raise RiskError(f'{path} is no drift report: expected an object. Run `riskscore monitor --once` to write it anew.')
     verdict = content if 'columns' in content else content.get('verdict')
-    concept = next((content[name] for name in ('outcomes', 'concept') if isinstance(content.get(name), dict)), None)
-    return verdict if isinstance(verdict, dict) else None, concept
+    if isinstance(verdict, dict) and content.get('evolution'):
+        return verdict | {'until': content['evolution'][-1]['to'], 'window_seconds': content.get('window_seconds', 0)}
+    return verdict if isinstance(verdict, dict) else None
 
-# %% ../nbs/39_challenge.ipynb #0d67e51e
+# %% ../nbs/39_challenge.ipynb #6e29874a
 def verdict_for(
     verdict:Mapping[str, Any]|None, # of the monitor
     champion:Scorer, # the model in use
-)->tuple[Mapping[str, Any]|None, str]: # the verdict, or None when it is not about this model; a note
-    "Is a verdict about this model?"
-    if not verdict or not champion.drift or verdict.get('broken'):
-        return verdict, ''
-    own = reference_from_bytes(champion.drift).digest
-    if verdict.get('reference') in (None, own):
+    now:datetime|None=None, # None: the clock
+)->tuple[Mapping[str, Any]|None, str]: # the verdict, or None when it is not about this model or not about today; a note
+    "Is a verdict about this model, and about today?"
+    if not verdict:
+        return None, ''
+    old = _old(verdict, now)
+    if verdict.get('broken'):  # holds until somebody has looked again
+        return verdict, old
+    if old:
+        return None, f'{old} It is left aside.'
+    if not champion.drift or verdict.get('reference') in (None, reference_from_bytes(champion.drift).digest):
         return verdict, ''
     return None, 'The drift report compares with another model\'s history and is left aside.'
+
+# %% ../nbs/39_challenge.ipynb #b6cf92ea
+_FRESH = 7.0  # days after which another window should have been judged
+
+
+def _old(verdict:Mapping[str, Any], now:datetime|None)->str:
+    "A sentence about a report that nobody has renewed; an empty string for a fresh one, or where no time is known."
+    if not verdict.get('until'):
+        return ''
+    days = ((now or datetime.now(UTC)) - datetime.fromisoformat(verdict['until'])).total_seconds() / 86_400
+    if days <= _FRESH + verdict['window_seconds'] / 86_400:
+        return ''
+    return f"The drift report is {days:,.0f} days old ({verdict['until'][:10]}): run `riskscore monitor --once`, and see why no window was judged since."
 
 # %% ../nbs/39_challenge.ipynb #e4766408
 _SUSPECTS, _NEWEST = 12, 20_000
@@ -121,7 +140,7 @@ class Terms:
 DECIDED = {'kept': 'The model stays', 'resting': 'The model rests', 'vetoed': 'Nothing was learnt', 'refused': 'The challenger was refused',
            'promoted': 'The challenger decides now', 'would promote': 'The challenger would be promoted'}
 
-# %% ../nbs/39_challenge.ipynb #d1a0a32d
+# %% ../nbs/39_challenge.ipynb #368f0f02
 def consider(
     pointer:str|Path, # of the model that decides
     history:str|Path, # what it learnt from: a typed table, or a file that the contract reads
@@ -134,7 +153,7 @@ def consider(
 )->dict[str, Any]: # evidence: decision, words, next, cause, champion, challenger, recent, gate, digest
     "Decides whether another model takes over, and sees to it."
     champion = load_bundle(pointer)
-    about, note = verdict_for(verdict, champion)
+    about, note = verdict_for(verdict, champion, now)
     cause = cause_of(about, concept, terms.accepted)
     evidence = {'champion': champion.version, 'challenger': None, 'cause': cause.to_dict(), 'note': note, 'gate': None,
                 'forced': terms.force, 'accepted': list(terms.accepted)}

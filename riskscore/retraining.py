@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['retrain', 'rollback']
 
-# %% ../nbs/50_retraining.ipynb #3ea0b000
+# %% ../nbs/50_retraining.ipynb #2df2c52e
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -28,9 +28,10 @@ def _settings(folder:str|None, store:str|None)->'Settings':
     given = {name: value for name, value in (('folder', folder), ('store', store)) if value}
     return settings_from(os.environ, **given)
 
-# %% ../nbs/50_retraining.ipynb #213058e7
-def _from_log(settings:'Settings', champion:'Scorer', threads:int)->tuple['Recent', 'Frame', dict[str, Any]]:
-    "Recent outcomes, all recent applications, and what the test of outcomes says."
+# %% ../nbs/50_retraining.ipynb #4ce138e8
+def _from_log(settings:'Settings', champion:'Scorer', accept:Collection[str], dry_run:bool, threads:int)->tuple['Recent', 'Frame', dict[str, Any]]:
+    "Recent outcomes, all recent applications, and what the test of outcomes says; a dry run tests anew, for the log keeps what its own test takes in."
+    from riskscore.challenge import outcome_test
     from riskscore.matured import watch_outcomes
     from riskscore.retrain import broken_windows, latest_applications, recent_from_store
     from riskscore.store import open_store
@@ -39,12 +40,16 @@ def _from_log(settings:'Settings', champion:'Scorer', threads:int)->tuple['Recen
     if path != settings.store and not os.path.isfile(path):  # which opening would make
         raise RiskError(f'There is no decision log at {path}. Name the folder of the service with --folder, or a file of outcomes with --outcomes.')
     log = open_store(settings.store)
-    broken = broken_windows(log)
-    recent = recent_from_store(log, champion.contract, broken, settings.outcome_days)
-    return recent, latest_applications(log, champion.contract, broken), watch_outcomes(log, champion, settings.outcome_days, threads=threads)
+    broken = broken_windows(log, accept)
+    recent, everybody = recent_from_store(log, champion.contract, broken, settings.outcome_days), latest_applications(log, champion.contract, broken)
+    found = (outcome_test(champion, recent, threads=threads) if dry_run else
+             watch_outcomes(log, champion, settings.outcome_days, threads=threads))
+    log.close()
+    return recent, everybody, found
 
-# %% ../nbs/50_retraining.ipynb #46a6b110
-def _matter(settings:'Settings', champion:'Scorer', outcomes:str|None, report:str|None, threads:int)->dict[str, Any]:
+# %% ../nbs/50_retraining.ipynb #01ab7075
+def _matter(settings:'Settings', champion:'Scorer', outcomes:str|None, report:str|None, accept:Collection[str], dry_run:bool,
+            threads:int)->dict[str, Any]:
     "What `consider` takes: recent, everybody, verdict and concept."
     from riskscore.challenge import outcome_test, read_verdict, window_verdict
     from riskscore.retrain import recent_from_file
@@ -52,13 +57,12 @@ def _matter(settings:'Settings', champion:'Scorer', outcomes:str|None, report:st
     path = report or os.path.join(settings.folder, 'monitoring', 'drift_report.json')
     if report and not os.path.isfile(report):
         raise RiskError(f'There is no drift report at {report}. Run `riskscore monitor --once`, or leave --drift-report out.')
-    verdict, concept = read_verdict(path)
+    verdict = read_verdict(path)
     if outcomes:
         recent, everybody = recent_from_file(outcomes, champion.contract), None
         verdict, concept = verdict if report else window_verdict(champion, recent.frame), outcome_test(champion, recent, threads=threads)
     else:
-        recent, everybody, found = _from_log(settings, champion, threads)
-        concept = found or concept
+        recent, everybody, concept = _from_log(settings, champion, accept, dry_run, threads)
     return {'recent': recent, 'verdict': verdict, 'concept': concept, 'everybody': everybody}
 
 # %% ../nbs/50_retraining.ipynb #e40d99b1
@@ -116,9 +120,9 @@ nothing to do; 1: the challenger was refused; 3: the feed is broken and nothing 
     click.echo('\n'.join([*_lines(evidence), *(f'Wrote {path}.' for path in (report, document) if path)]))
     ctx.exit(_CODES[evidence['decision']])
 
-# %% ../nbs/50_retraining.ipynb #05f1b39a
+# %% ../nbs/50_retraining.ipynb #fb274ad5
 def _considered(model:str, history:str, folder:str|None, store:str|None, outcomes:str|None, drift_report:str|None, threads:int|None,
-                least_gain:float, accept:tuple[str, ...], **terms:Any)->dict[str, Any]:
+                least_gain:float, accept:tuple[str, ...], dry_run:bool, **terms:Any)->dict[str, Any]:
     "Evidence of one look."
     from riskscore.bundle import load_bundle
     from riskscore.challenge import Terms, consider
@@ -131,9 +135,9 @@ def _considered(model:str, history:str, folder:str|None, store:str|None, outcome
     if os.path.isdir(model):
         raise RiskError(f'{model} is a bundle: name the pointer of the model that decides, such as data/models/champion.json.')
     rule = GateRule(least_gain={**GateRule().least_gain, 'auc': least_gain})
-    matter = _matter(settings, champion, outcomes, drift_report, threads)
+    matter = _matter(settings, champion, outcomes, drift_report, accept, dry_run, threads)
     return consider(model, history, matter['recent'], matter['verdict'], matter['concept'],
-                    Terms(rule=rule, accepted=accept, threads=threads, **terms), matter['everybody'])
+                    Terms(rule=rule, accepted=accept, dry_run=dry_run, threads=threads, **terms), matter['everybody'])
 
 # %% ../nbs/50_retraining.ipynb #fcb5a8a4
 @click.command(short_help='Put an earlier model in charge again.', epilog='Example: riskscore rollback --reason "Approvals fell by a third"')

@@ -1,5 +1,6 @@
 """Retraining: a corrupt feed is never learnt, a turned relation is, and when nothing has changed the champion stays."""
 import json
+import sqlite3
 from pathlib import Path
 
 import numpy as np
@@ -222,6 +223,9 @@ def test_a_verdict_about_another_model_is_left_aside_but_a_broken_feed_is_not(wo
     evidence = world.consider(recent, other, None)
     assert evidence['decision'] == 'kept' and 'another model' in evidence['note'] and evidence['cause']['kind'] == 'none'
     assert world.consider(recent, other | {'broken': ['debt']}, None)['decision'] == 'vetoed'
+    stale = CALM | {'flag': 1, 'until': '2020-01-02T00:00:00.000000Z', 'window_seconds': 86_400}
+    old = [world.consider(recent, stale | {'broken': broken}, None) for broken in ([], ['debt'])]
+    assert [e['decision'] for e in old] == ['kept', 'vetoed'] and all('days old (2020-01-02)' in e['note'] for e in old) and 'left aside' in old[0]['note']
 
 
 def test_the_level_of_risk_asks_for_a_calibration_and_keeps_the_trees(tmp_path):
@@ -259,11 +263,21 @@ def fill_log(folder: Path, world: World, seen: Frame, broken_from: int) -> None:
     store.close()
 
 
+def dump(path: Path) -> list[str]:
+    "All that a database holds."
+    with sqlite3.connect(path) as connection:
+        return list(connection.iterdump())
+
+
 def test_the_command_learns_from_the_log_of_a_service_but_not_from_its_broken_windows(tmp_path):
     world, seen = World(tmp_path), loans(3600, 8, turned=1)
     seen['income'][3000:] *= 1000
     fill_log(tmp_path, world, seen, 3000)
     words = ['retrain', '--model', str(world.pointer), '--history', str(world.history), '--folder', str(tmp_path), '--json', str(tmp_path / 'e.json')]
+    before = dump(tmp_path / 'riskscore.db'), sorted(world.models.rglob('*'))
+    trial = CliRunner().invoke(retrain, [*words[1:-2], '--dry-run', '--accept', 'income'])
+    assert trial.exit_code in (0, 1) and 'outcomes. Evidence' in trial.output, trial.output  # none is left out: a person found the column right
+    assert before == (dump(tmp_path / 'riskscore.db'), sorted(world.models.rglob('*')))
     result = CliRunner().invoke(retrain, words[1:])
     evidence = json.loads((tmp_path / 'e.json').read_text())
     assert (result.exit_code, evidence['decision']) == (0, 'promoted'), result.output

@@ -16,7 +16,8 @@ the true pd; in the calm world that is the price of not being an oracle. unwatch
 --peers FOLDER judges the same days with Evidently and NannyML (see drift_accuracy.py, which makes the environment), for --peer-seeds seeds. A peer only flags:
 a flag from the first day on which there is something to be found on is taken as `retrain`, which is what its users do with it. Evidently judges --peer-days
 only, as a window takes it seconds; NannyML all days as chunks. Rules: the tool's own (Evidently: more than half of the columns drift; NannyML has none for a
-table: any column alerts) and the share that its users set and we do: more than 15% of the columns.
+table: any column alerts) and the share that its users set and we do: more than 15% of the columns. A day on which a tool fails is one without a flag:
+Evidently does where a column is empty.
 
 The same arguments give the same bytes.
 """
@@ -160,8 +161,8 @@ def peer_rows(given, contract, model):
         python = Path(given.peers) / 'bin/python'
         subprocess.run([python, '-W', 'ignore', __file__, '--judge', place], check=True, env=environment, stdout=subprocess.DEVNULL)
         answers = json.loads((Path(place) / 'verdicts.json').read_text())
-    return [_peer_row(tool, rule, world, seed, _flags(shares, rule)) for (world, seed), tools in zip(tasks, answers, strict=True)
-            for tool, shares in tools.items() for rule in RULES[tool]]
+    return [_peer_row(tool, rule, world, seed, _flags(shares, rule)) | {'failed': list(shares.values()).count(None)}
+            for (world, seed), tools in zip(tasks, answers, strict=True) for tool, shares in tools.items() for rule in RULES[tool]]
 
 
 RULES = {'Evidently': {'own: over half of the columns': 0.5, 'over 15% of the columns': SHARE},
@@ -181,7 +182,7 @@ def _nullable(values):
 def _flags(shares, rule):
     "Day to whether it is flagged."
     limit = {name: limit for rules in RULES.values() for name, limit in rules.items()}[rule]
-    return {int(day): share > limit for day, share in shares.items()}
+    return {int(day): share is not None and share > limit for day, share in shares.items()}
 
 
 def _peer_row(tool, rule, world, seed, flags):
@@ -198,7 +199,7 @@ def _peer_row(tool, rule, world, seed, flags):
 def peer_lines(rows):
     "A table in Markdown."
     heads = ['tool', 'rule', 'found, of worlds where something is', 'false alarms, days', 'of which in worlds where nothing is', 'right, nothing to do',
-             'right, something to do', 'days judged']
+             'right, something to do', 'days judged', 'days on which it failed']
     yield heads
     yield ['---'] * len(heads)
     for tool, rules in RULES.items():
@@ -208,7 +209,7 @@ def peer_lines(rows):
             cells = [f'{sum(r["found"] for r in there)} of {len(there)}']
             cells += [f'{sum(r["false_days"] for r in some)} of {sum(r["quiet_days"] for r in some)}' for some in (own, strict)]
             cells += [f'{sum(r["right"] for r in some)} of {len(some)}' for some in ([r for r in own if r['calm']], [r for r in own if not r['calm']])]
-            yield [tool, rule, *cells, str(sum(r['judged'] for r in own))]
+            yield [tool, rule, *cells, *(str(sum(r.get(key, 0) for r in own)) for key in ('judged', 'failed'))]
 
 
 def judge_all(place):
@@ -238,7 +239,11 @@ def judge_all(place):
     def evidently(table):
         name = hash_pandas_object(table, index=False).to_numpy().tobytes()
         if name not in known:
-            known[name] = evidently_anew(table)
+            try:
+                known[name] = evidently_anew(table)
+            except Exception as error:  # noqa: BLE001  # such as a column that is empty
+                print(f'Evidently fails: {type(error).__name__}: {error}', file=sys.stderr)
+                known[name] = None
         return known[name]
 
     def evidently_anew(table):

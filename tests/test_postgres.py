@@ -43,8 +43,8 @@ class Cluster:
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=self.folder)
 
     def control(self, action, *arguments):
-        options = f"-k {self.folder} -c listen_addresses='' -c fsync=on"
-        self.run('pg_ctl', '-D', self.folder / 'data', '-w', '-t', '60', '-l', self.folder / 'log', '-o', options, *arguments, action)
+        options = f"-k {self.folder} -c listen_addresses='' -c fsync=off"  # the server dies in these tests and the machine does not
+        self.run('pg_ctl', '-D', self.folder / 'data', '-w', '-t', '120', '-l', self.folder / 'log', '-o', options, *arguments, action)
 
     def url(self, database):
         return f'postgresql+psycopg://postgres@/{database}?host={self.folder}'
@@ -112,7 +112,7 @@ def test_a_restart_of_the_server_loses_nothing_that_was_answered(place):
             await asyncio.sleep(0.4)
             await asyncio.to_thread(place.cluster.control, 'restart', '-m', 'immediate')
             before = len(kept)
-            for _ in range(200):
+            for _ in range(1200):
                 await asyncio.sleep(0.05)
                 if len(kept) > before + 32:
                     break
@@ -133,7 +133,7 @@ def test_the_state_is_looked_at_again_after_a_restart(place):
         with journal(place) as running:
             await asyncio.to_thread(place.cluster.control, 'restart', '-m', 'immediate')
             seen = running.looked_at
-            for _ in range(200):
+            for _ in range(1200):
                 await asyncio.sleep(0.05)
                 if running.looked_at > seen + 0.3:
                     return True

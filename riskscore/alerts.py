@@ -6,11 +6,12 @@
 __all__ = ['log', 'ALERTS_LIMIT', 'TRIES', 'Alert', 'alert_rows', 'raise_alerts', 'list_alerts', 'alert_counts', 'sign',
            'post_alert', 'pause_after', 'send_due']
 
-# %% ../nbs/16_alerts.ipynb #0d08d8ab
+# %% ../nbs/16_alerts.ipynb #0a4361f6
 import hashlib
 import hmac
 import json
 import logging
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime, timedelta
@@ -101,7 +102,7 @@ class _Straight(HTTPRedirectHandler):
         "Nowhere."
         return None
 
-# %% ../nbs/16_alerts.ipynb #3999712b
+# %% ../nbs/16_alerts.ipynb #ddc0f880
 def post_alert(
     url:str, # where to
     secret:bytes, # signs it
@@ -111,16 +112,25 @@ def post_alert(
     "Sends one alert."
     body = canonical_json({k: row[k] for k in ('alert', 'at', 'kind', 'severity', 'subject', 'content')}).encode()
     headers = {'Content-Type': 'application/json', 'User-Agent': 'riskscore', 'Riskscore-Signature': sign(secret, body, int(time.time()))}
+    told: list[str] = []
+    thread = threading.Thread(target=lambda: told.append(_post(Request(url, body, headers, method='POST'), timeout)), daemon=True)
+    thread.start()
+    thread.join(timeout)
+    return told[0] if told else 'no answer in time'
+
+# %% ../nbs/16_alerts.ipynb #7335917d
+def _post(request:Request, timeout:float)->str:
+    "Why a request did not arrive; `timeout` is that of each step, and neither a name that is looked up nor an answer that comes in drops keeps to it."
     try:
-        with build_opener(_Straight).open(Request(url, body, headers, method='POST'), timeout=timeout) as answer:
+        with build_opener(_Straight).open(request, timeout=timeout) as answer:
             return '' if 200 <= answer.status < 300 else f'status {answer.status}'
     except HTTPError as error:
         return f'status {error.code}'
     except (OSError, HTTPException, ValueError) as error:
         return type(error).__name__
 
-# %% ../nbs/16_alerts.ipynb #9b75d889
-TRIES = 12
+# %% ../nbs/16_alerts.ipynb #892b2257
+TRIES = 80
 
 
 def pause_after(
@@ -129,7 +139,7 @@ def pause_after(
     "How long to wait."
     return None if attempts >= TRIES else min(3600.0, 5.0 * 3.0 ** (attempts - 1))
 
-# %% ../nbs/16_alerts.ipynb #21cdd159
+# %% ../nbs/16_alerts.ipynb #3c4aa92a
 def send_due(
     store:Store, # the log
     url:str, # where to
@@ -137,8 +147,8 @@ def send_due(
     limit:int=20, # at most so many
     timeout:float=5.0, # seconds for each
 )->tuple[int, int]: # arrived, and not
-    "Sends the alerts that are due, oldest first; after one that does not arrive the rest waits for the next call."
-    t, done, failed = store.tables['alerts'], 0, 0
+    "Sends the alerts that are due, oldest first; after one that does not arrive, or two that were slow, the rest waits for the next call."
+    t, done, failed, until = store.tables['alerts'], 0, 0, time.monotonic() + timeout
     with store.read() as connection:
         due = connection.execute(sa.select(t).where(t.c.next_try <= now()).order_by(t.c.next_try, t.c.alert).limit(limit)).mappings().all()
     for row in due:
@@ -151,5 +161,6 @@ def send_due(
         if why:
             then = f'Next try in {pause:.0f} s.' if pause else 'It is given up.'
             log.warning('An alert (%s, %s) did not arrive: %s. %s', row['kind'], row['severity'], why, then)
+        if why or time.monotonic() > until:
             break
     return done, failed

@@ -109,7 +109,7 @@ class _Bundles(dict[str, Watched]):
                 return reference_from_bytes(data)
         return found
 
-# %% ../nbs/19_monitor.ipynb #28344a00
+# %% ../nbs/19_monitor.ipynb #ebbd416d
 @dataclass
 class Round:
     "What a round of the monitor has done."
@@ -124,9 +124,9 @@ class Round:
 
     @property
     def code(self) -> int:
-        "0 calm, 1 flag, 2 stop."
+        "0 calm, 1 flag, 3 stop; 2 is left to faults, as in all commands."
         last = self.last or {}
-        return 2 if self.stopped or last.get('stop') else 1 if last.get('flag') or (self.outcomes or {}).get('alarm') else 0
+        return 3 if self.stopped or last.get('stop') else 1 if last.get('flag') or (self.outcomes or {}).get('alarm') else 0
 
     @property
     def line(self) -> str:

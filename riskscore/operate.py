@@ -164,11 +164,11 @@ class _Duration(click.ParamType):
             self.fail(f'{value} is no length of time such as 30s, 15m, 24h or 7d, from a second to 31 days.', param, ctx)
         return float(found[1]) * _UNITS[found[2]]
 
-# %% ../nbs/50_operate.ipynb #d0b1766c
+# %% ../nbs/50_operate.ipynb #0cdf7fa1
 @click.command(short_help='Close monitoring windows: verdicts, alerts, emergency stop.', epilog='Example: riskscore monitor --every 1h --window 24h')
 @click.option('--every', type=_Duration(), help='Time between rounds; windows are closed when they end in any case.  [default: a window]')
 @click.option('--window', type=_Duration(), help='Length of a window.  [default: 24h, or what the service is set to]')
-@click.option('--once', is_flag=True, help='One round; the exit code is 0 when all is calm, 1 for drift to look at, 2 for a stop.')
+@click.option('--once', is_flag=True, help='One round; the exit code is 0 when all is calm, 1 for drift to look at, 3 for a stop.')
 @click.option('--model', help='Pointer file, or directory of a bundle.  [default: data/models/champion.json]')
 @_FOLDER
 @_STORE
@@ -194,13 +194,14 @@ def monitor(
         logging.config.dictConfig(log_config(settings))
     ctx.exit(asyncio.run(_watch(settings, every or settings.window_seconds, once)))
 
-# %% ../nbs/50_operate.ipynb #c8cff8c0
+# %% ../nbs/50_operate.ipynb #18300e5b
 async def _watch(settings:'Settings', every:float, once:bool)->int:
     "Rounds until the process is told to end; gives the exit code."
     import asyncio
     import signal
 
     from riskscore.monitor import Monitor, rounds
+    from riskscore.store import StoreUnavailable
 
     watching, ended = Monitor(settings), asyncio.Event()
     await watching.start()
@@ -210,7 +211,10 @@ async def _watch(settings:'Settings', every:float, once:bool)->int:
         if not watching.scorer.drift:
             click.echo('The bundle holds no drift reference: its applications are not compared with history. Train it again to have one.', err=True)
         if once:
-            told = await watching.round()
+            try:
+                told = await watching.round()
+            except StoreUnavailable as error:
+                raise RiskError(f'The round was not done, and nothing can be said: {error}') from error
             click.echo(told.line)
             return told.code
         async for told in rounds(watching, every, ended):

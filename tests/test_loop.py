@@ -112,7 +112,7 @@ def test_the_loop_from_a_broken_feed_to_a_new_model_and_back(project):
         # a feed changes its unit: found, and decisions stop without anybody's doing
         shocked = [row | {'AMT_INCOME_TOTAL': str(1000 * float(row['AMT_INCOME_TOTAL']))} for row in rows[500:900]]
         assert {a['status'] for a in decide(client, shocked)} == {'scored'}
-        assert 'AMT_INCOME_TOTAL' in close_windows(project, code=2)
+        assert 'AMT_INCOME_TOTAL' in close_windows(project, code=3)
         assert client.get('/drift-status').json['stopped'] and client.get('/alerts').json[0]['kind'] == 'stopped'
         one = application(rows[900])
         held = client.post('/predict', one, Idempotency_Key='held')

@@ -3,15 +3,17 @@ import asyncio
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import threading
 import time
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import sqlalchemy as sa
@@ -22,8 +24,9 @@ from test_journal import Place
 from test_live_drift import cluster, model, place_of, pointer  # noqa: F401
 from watched import KEY, decide, raw_rows
 
-from riskscore.alerts import list_alerts, sign
+from riskscore.alerts import TRIES, list_alerts, post_alert, sign
 from riskscore.bundle import load_bundle, write_bundle, write_pointer
+from riskscore.chain import now
 from riskscore.contract import check_frame
 from riskscore.core import RiskError
 from riskscore.decisions import store_outcomes
@@ -34,7 +37,7 @@ from riskscore.operate import monitor as command
 from riskscore.operations import set_stop
 from riskscore.reference import fit_reference, reference_from_bytes
 from riskscore.settings import Settings
-from riskscore.store import Store
+from riskscore.store import Store, StoreUnavailable
 
 DAY = '2026-03-02T'
 CALM, BROKEN = {}, {'income': None}
@@ -140,7 +143,7 @@ def test_broken_columns_stop_and_the_flag_is_written(here, pointer, model):  # n
     assert (folder / 'drift_flag.txt').read_text() == '0\n' and not state_of(here, 'stop')['stopped']
     traffic(here, model, 8, **BROKEN)
     told = one_round(settings)
-    assert told.stopped and told.code == 2 and told.closed[0]['broken'] == ['income']
+    assert told.stopped and told.code == 3 and told.closed[0]['broken'] == ['income']
     stop = state_of(here, 'stop')
     assert stop['stopped'] and stop['by'] == 'monitor' and 'income' in stop['reason']
     report = json.loads((folder / 'drift_report.json').read_text())
@@ -163,7 +166,7 @@ def test_broken_columns_stop_and_the_flag_is_written(here, pointer, model):  # n
 def test_what_stops_is_a_setting(here, pointer, model, stop_on, changes, stopped, kind):  # noqa: F811
     traffic(here, model, 7, **changes)
     told = one_round(settings_of(here, pointer, stop_on=stop_on))
-    assert told.stopped == stopped == state_of(here, 'stop').get('stopped', False) and told.code == (2 if stopped else 1)
+    assert told.stopped == stopped == state_of(here, 'stop').get('stopped', False) and told.code == (3 if stopped else 1)
     assert [a['kind'] for a in look(here, 'alerts')] == [kind]
 
 
@@ -200,7 +203,7 @@ def test_only_the_newest_window_stops_and_not_for_what_an_operator_has_seen(here
 def test_files_that_cannot_be_written_hold_up_no_stop(here, pointer, model):  # noqa: F811
     Path(here.anchors.parent, 'monitoring').write_text('a file')
     traffic(here, model, 7, **BROKEN)
-    assert one_round(settings_of(here, pointer)).code == 2
+    assert one_round(settings_of(here, pointer)).code == 3
 
 
 def test_a_clock_that_is_put_back_holds_nothing_up(here, pointer, monkeypatch):  # noqa: F811
@@ -362,13 +365,29 @@ def test_a_desk_that_is_gone_is_given_up_and_holds_nothing_up(here, pointer, mod
     traffic(here, model, 7, **BROKEN)
     assert one_round(settings).stopped
     store = here.open()
-    for _ in range(11):
+    for attempts in (TRIES - 2, TRIES - 1, TRIES):
         with store.write() as connection:
-            connection.exec_driver_sql('UPDATE alerts SET next_try = at WHERE next_try IS NOT NULL')
-        one_round(settings)
+            connection.exec_driver_sql(f'UPDATE alerts SET next_try = at, attempts = {attempts} WHERE next_try IS NOT NULL')
+        assert one_round(settings).sent == 0
     found, = list_alerts(store)
     store.close()
-    assert (found['attempts'], found['next_try'], found['delivered_at']) == (12, None, None)
+    assert (found['attempts'], found['next_try'], found['delivered_at']) == (TRIES, None, None)
+
+
+def test_a_desk_that_answers_in_drops_holds_nothing_up():
+    ended = threading.Event()
+
+    def drip(server: socket.socket) -> None:
+        with suppress(OSError), server.accept()[0] as line:
+            for _ in range(100):
+                line.sendall(b'HTTP/1.1 200 OK\r\n'[:1])
+                time.sleep(0.1)
+        ended.set()
+
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        threading.Thread(target=drip, args=(server,), daemon=True).start()
+        row = {'alert': 'a', 'at': now(), 'kind': 'stopped', 'severity': 'critical', 'subject': '', 'content': {}}
+        assert post_alert(f'http://127.0.0.1:{server.getsockname()[1]}/', b's' * 16, row, 0.5) and not ended.is_set()
 
 
 # ---------------------------------------------------------------- outcomes
@@ -391,10 +410,10 @@ def test_outcomes_that_contradict_the_model_are_told_once(here, pointer, model):
 
 # ---------------------------------------------------------------- the command
 
-def test_the_command_says_in_its_exit_code_what_it_found(here, tmp_path, pointer, model):  # noqa: F811
+def test_the_command_says_in_its_exit_code_what_it_found(here, tmp_path, pointer, model, monkeypatch):  # noqa: F811
     (tmp_path / 'ledger.key').write_bytes(KEY)
     arguments = ['--once', '--window', '1h', '--folder', str(tmp_path), '--model', str(pointer)]
-    for hour, changes, code in ((7, CALM, 0), (8, {'tenure': 3}, 1), (9, BROKEN, 2)):
+    for hour, changes, code in ((7, CALM, 0), (8, {'tenure': 3}, 1), (9, BROKEN, 3)):
         traffic(here, model, hour, **changes)
         told = CliRunner().invoke(command, arguments)
         assert told.exit_code == code, told.output
@@ -403,6 +422,9 @@ def test_the_command_says_in_its_exit_code_what_it_found(here, tmp_path, pointer
     assert isinstance(short.exception, RiskError) and 'RISKSCORE_WINDOW_SECONDS' in str(short.exception)
     missing = CliRunner().invoke(command, [*arguments[:-1], str(tmp_path / 'nowhere.json')])
     assert isinstance(missing.exception, RiskError) and 'There is no model' in str(missing.exception)
+    monkeypatch.setattr('riskscore.monitor.windows_to_close', Mock(side_effect=StoreUnavailable('it is locked')))
+    busy = CliRunner().invoke(command, arguments)  # is a fault, and no drift
+    assert isinstance(busy.exception, RiskError) and 'nothing can be said: it is locked' in str(busy.exception)
 
 
 @pytest.mark.slow

@@ -109,11 +109,17 @@ def canary(
     words = f'The feed looks broken in {", ".join(list(broken)[:3])}.' if broken else 'The rows that were added look like a feed that works.'
     return {'rows': frame_rows(frame), 'broken': broken, 'accepted': sorted(accepted), 'passed': not broken, 'words': words}
 
-# %% ../nbs/38_gate.ipynb #5aa21805
-def _canaries(reference:DriftReference, added:Frame, judged:Frame, accepted:Collection[str])->dict[str, Any]:
-    "Of the rows that were learnt from, and of those that judge: a feed may have broken between the two."
-    found = [canary(reference, frame, accepted) for frame in (added, judged)]
-    return found[0] if not found[0]['passed'] or found[1]['passed'] else found[1] | {'words': found[1]['words'] + ' These are the rows that judge.'}
+# %% ../nbs/38_gate.ipynb #5a519295
+def _canaries(reference:DriftReference, frames:Mapping[str, Frame], accepted:Collection[str])->dict[str, Any]:
+    "Of several kinds of rows, each with its sentence: the first that looks broken, else the first; a feed may break between two, or show only in the last."
+    found = [(canary(reference, frame, accepted), words) for words, frame in frames.items()]
+    first, words = next(((one, words) for one, words in found if not one['passed']), (found[0][0], ''))
+    return first | {'words': f"{first['words']} {words}".strip()}
+
+# %% ../nbs/38_gate.ipynb #3de4eb9d
+def _rows_by_use(added:Frame, judged:Frame, everybody:Frame|None)->dict[str, Frame]:
+    "What a canary looks at: of those that a champion approves only some show what happens to a column."
+    return {'': added, 'These are the rows that judge.': judged} | ({'These are all recent applications.': everybody} if everybody else {})
 
 # %% ../nbs/38_gate.ipynb #ed96ab99
 _RISE = {'grid': 0.15}  # points by which one answer may rise, in a column of many values
@@ -239,7 +245,7 @@ def _approvals(contract:Contract, frame:Frame, decisions:Sequence[npt.NDArray[np
                                     'worse': _highest(rate[1], best[1], int(masks[name].sum()), rule) < min(rule.four_fifths, ratio[0])})
     return found
 
-# %% ../nbs/38_gate.ipynb #2890b3e3
+# %% ../nbs/38_gate.ipynb #13b1dc7f
 def gate(
     champion:Scorer, # the model in use
     challenger:Scorer, # the one that wants its place
@@ -260,7 +266,7 @@ def gate(
     bad = frame[_outcome(champion.contract)]
     enough = _enough(bad, rule)
     found: dict[str, Any] = {'outcomes': len(bad), 'bads': int(bad.sum()), 'by': list(by), 'rule': _plain(asdict(rule)), 'rows': dict(rows),
-                             'canary': _canaries(reference, added, frame, accepted)}
+                             'canary': _canaries(reference, _rows_by_use(added, frame, everybody), accepted)}
     if not enough['passed']:
         return found | {'checks': [enough, _canary_check(found['canary'])], 'passed': False}
     seen = _judged(champion, challenger, frame, bad, threads)

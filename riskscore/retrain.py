@@ -43,7 +43,7 @@ from .scorecard import with_points
 from .split import cv_folds
 from .store import Store
 
-# %% ../nbs/33_retrain.ipynb #0ae75365
+# %% ../nbs/33_retrain.ipynb #b697f7ec
 @dataclass(frozen=True)
 class Recent:
     "Applications with an outcome, in order of time."
@@ -68,7 +68,7 @@ class Recent:
     def digest(self) -> str:
         "SHA-256 of what is learnt from, for the record."
         parts = [[name, values.tolist() if values.dtype.kind == 'O' else [repr(v) for v in values.tolist()]] for name, values in sorted(self.frame.items())]
-        return digest_bytes(canonical_json([*parts, self.when.tolist()]).encode())
+        return digest_bytes(canonical_json([*parts, [repr(v) for v in self.when.tolist()]]).encode())
 
 # %% ../nbs/33_retrain.ipynb #9b64135c
 def recent_from_store(
@@ -203,13 +203,14 @@ def recent_from_file(
     frame = {name: np.concatenate([batch.frame[name] for batch in batches]) for name in names}
     return _ordered(contract, frame, ~np.concatenate([batch.bad_rows for batch in batches]))
 
-# %% ../nbs/33_retrain.ipynb #6f0e8761
+# %% ../nbs/33_retrain.ipynb #bc65972a
 def _ordered(contract:Contract, frame:Frame, kept:npt.NDArray[np.bool_])->Recent:
-    "Rows that are kept, in order of time."
+    "Rows that are kept, in order of time; what is dated ahead has no outcome yet, and would keep all that comes before it from judging."
     when = frame[contract.time.name] if contract.time else np.arange(frame_rows(frame), dtype=np.float64)
-    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {}, contract.time is not None).part(kept)
-    refused = int((~kept).sum())
-    return replace(found.part(np.argsort(found.when, kind='stable')), left_out={'does not fit the contract, or has no outcome': refused} if refused else {})
+    ahead = kept & (when > datetime.now(UTC).timestamp() / 86_400 + 1) if contract.time else np.zeros(len(when), dtype=bool)
+    counts = {'does not fit the contract, or has no outcome': int((~kept).sum()), 'dated ahead': int(ahead.sum())}
+    found = Recent(frame, np.where(np.isfinite(when), when, -np.inf), {}, contract.time is not None).part(kept & ~ahead)
+    return replace(found.part(np.argsort(found.when, kind='stable')), left_out={reason: n for reason, n in counts.items() if n})
 
 # %% ../nbs/33_retrain.ipynb #ca41b535
 def recent_from_table(

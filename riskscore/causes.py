@@ -10,7 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# %% ../nbs/32_causes.ipynb #a1c8c064
+# %% ../nbs/32_causes.ipynb #08699d24
 CAUSES = ('none', 'broken feed', 'mix shift', 'concept')
 ACTIONS = ('keep', 'veto', 'recalibrate', 'retrain')
 
@@ -23,13 +23,14 @@ class Cause:
     action: str  # one of ACTIONS
     columns: tuple[str, ...]  # that show it, worst first
     words: str  # a sentence or two for a person
-    ask: tuple[str, ...] = ()  # of a broken feed: what to ask about each column
+    ask: tuple[str, ...] = ()  # of a broken feed: what to ask about each of the first columns
 
     def to_dict(self) -> dict[str, Any]:
         "Plain JSON types."
         return {'kind': self.kind, 'action': self.action, 'columns': list(self.columns), 'words': self.words, 'ask': list(self.ask)}
 
-# %% ../nbs/32_causes.ipynb #0d921049
+# %% ../nbs/32_causes.ipynb #ffba7438
+_ASKED = 20  # columns asked about; a feed that breaks in more is broken as a whole
 _SIGNS = {'null': ('empty', 'why it is no longer filled'), 'unseen': ('codes that history does not know', 'whether codes were renamed or added'),
           'outside': ('values outside of nearly all of history', 'whether its unit or currency has changed')}
 
@@ -46,7 +47,7 @@ def question(
     now, before = (float(column[sign][when]) for when in ('now', 'reference'))
     return f"{column['column']}: {what} in {now:.1%} of applications, {before:.1%} in history. Ask those who deliver it {why}."
 
-# %% ../nbs/32_causes.ipynb #ecc99a66
+# %% ../nbs/32_causes.ipynb #6c4e7d23
 def cause_of(
     verdict:Mapping[str, Any]|None, # what judge_drift gave for the last closed window; None: nobody looked
     concept:Mapping[str, Any]|None=None, # what the test of matured outcomes says: alarm, and what it knows of its parts; None: no outcomes yet
@@ -56,7 +57,7 @@ def cause_of(
     seen, tested = verdict or {}, concept or {}
     columns = {c['column']: c for c in seen.get('columns', [])}
     if broken := tuple(name for name in seen.get('broken', ()) if name not in accepted):
-        ask = tuple(question(columns.get(name, {'column': name})) for name in broken)
+        ask = tuple(question(columns.get(name, {'column': name})) for name in broken[:_ASKED])
         return Cause('broken feed', 'veto', broken, f'The feed is broken in {_named(broken)}. Nothing is learnt from it.', ask)
     moved = tuple(name for name, c in columns.items() if c.get('verdict') == 'material')
     if tested.get('alarm'):

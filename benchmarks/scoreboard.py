@@ -283,7 +283,7 @@ def arguments(words=None):
     parser.add_argument('-o', '--out', help='a CSV file with every run')
     parser.add_argument('--peers')
     parser.add_argument('--peer-seeds', type=int, default=1)
-    parser.add_argument('--peer-days', type=_numbers, default=[8, 15, 22, 50])
+    parser.add_argument('--peer-days', type=_numbers, default=[15, 22, 50])
     parser.add_argument('--peer-history', type=int, default=10_000)
     parser.add_argument('--judge', help=argparse.SUPPRESS)
     return parser.parse_args(words)

@@ -194,7 +194,7 @@ def monitor(
         logging.config.dictConfig(log_config(settings))
     ctx.exit(asyncio.run(_watch(settings, every or settings.window_seconds, once)))
 
-# %% ../nbs/50_operate.ipynb #18300e5b
+# %% ../nbs/50_operate.ipynb #5edd3254
 async def _watch(settings:'Settings', every:float, once:bool)->int:
     "Rounds until the process is told to end; gives the exit code."
     import asyncio
@@ -211,14 +211,13 @@ async def _watch(settings:'Settings', every:float, once:bool)->int:
         if not watching.scorer.drift:
             click.echo('The bundle holds no drift reference: its applications are not compared with history. Train it again to have one.', err=True)
         if once:
-            try:
-                told = await watching.round()
-            except StoreUnavailable as error:
-                raise RiskError(f'The round was not done, and nothing can be said: {error}') from error
+            told = await watching.round()
             click.echo(told.line)
             return told.code
         async for told in rounds(watching, every, ended):
             click.echo(told.line)
+    except StoreUnavailable as error:
+        raise RiskError(f'The round was not done, and nothing can be said: {error}') from error
     finally:
         await watching.close()
     return 0

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'LEASE', 'GRACE', 'EVOLUTION', 'take_lease', 'windows_to_close', 'Round', 'Monitor', 'rounds']
 
-# %% ../nbs/19_monitor.ipynb #73a202d7
+# %% ../nbs/19_monitor.ipynb #a99eecd3
 import asyncio
 import json
 import logging
@@ -24,6 +24,7 @@ from .bundle import Scorer, _follow, load_bundle
 from .chain import ledger_key, now
 from .champion import Slot
 from .core import RiskError, canonical_json, digest_bytes, write_text
+from .decisions import window_counts
 from .drift import DriftRule, judge_drift
 from .fast import FastScorer
 from .journal import Journal, slot_of
@@ -184,7 +185,7 @@ class Monitor:
         "Closes what is over, and tells what there is to tell."
         return await _round(self)
 
-# %% ../nbs/19_monitor.ipynb #ababed6c
+# %% ../nbs/19_monitor.ipynb #770533fd
 async def _round(monitor:Monitor)->Round:
     "The work of the leader."
     store, name = monitor.store, monitor.journal.writer
@@ -201,6 +202,7 @@ async def _round(monitor:Monitor)->Round:
         if not await asyncio.to_thread(take_lease, store, name, monitor.lease):
             return told
         await _close(monitor, window, window == acting, told)
+    await _tried(_tell_refused, monitor, until)
     if windows:
         await _tried(_join_days, monitor)
     told.outcomes = await _tried(_watch_outcomes, monitor)
@@ -321,10 +323,10 @@ def _store_verdicts(monitor:Monitor, window:tuple[str, str], verdicts:list[dict[
     except sa.exc.IntegrityError:
         log.warning('The window from %s was closed by another monitor.', window[0])
 
-# %% ../nbs/19_monitor.ipynb #c17c0ffa
+# %% ../nbs/19_monitor.ipynb #56761cdf
 def _watch_outcomes(monitor:Monitor)->dict[str, Any]|None:
     "Looks at outcomes when there are new ones, and once an hour as decisions grow old enough."
-    o, a, scorer = monitor.store.tables['outcomes'], monitor.store.tables['alerts'], monitor.scorer
+    o, scorer = monitor.store.tables['outcomes'], monitor.scorer
     with monitor.store.read() as connection:
         known = connection.execute(sa.select(sa.func.count()).select_from(o)).scalar()
     looked = (known, scorer.version, int(time.time() // 3600))
@@ -333,12 +335,26 @@ def _watch_outcomes(monitor:Monitor)->dict[str, Any]|None:
     told = watch_outcomes(monitor.store, scorer, monitor.settings.outcome_days)
     monitor._outcomes = looked
     if told['alarm']:
-        with monitor.store.write() as connection:
-            before = connection.execute(sa.select(sa.func.count()).select_from(a).where(a.c.kind == 'concept', a.c.subject == scorer.version)).scalar()
-            if not before:
-                content = {k: told[k] for k in ('model_version', 'outcomes', 'words')}
-                connection.execute(a.insert(), alert_rows([Alert('concept', 'warning', scorer.version, content)], monitor.secret is not None))
+        _tell_once(monitor, Alert('concept', 'warning', scorer.version, {k: told[k] for k in ('model_version', 'outcomes', 'words')}))
     return told
+
+# %% ../nbs/19_monitor.ipynb #9bc4077b
+def _tell_once(monitor:Monitor, alert:Alert)->None:
+    "Stores an alert, unless there is one of its kind on the same subject."
+    a = monitor.store.tables['alerts']
+    with monitor.store.write() as connection:
+        if not connection.execute(sa.select(sa.func.count()).select_from(a).where(a.c.kind == alert.kind, a.c.subject == alert.subject)).scalar():
+            connection.execute(a.insert(), alert_rows([alert], monitor.secret is not None))
+
+# %% ../nbs/19_monitor.ipynb #6bff943e
+def _tell_refused(monitor:Monitor, until:str)->None:
+    "Tells when in the window that ended last more was refused than decided."
+    start = window_of(_earlier(monitor.grace + monitor.window), monitor.window)[0]
+    counts = window_counts(monitor.store, start, until)
+    refused, decided = counts.get('refused_requests', {}).get('', 0), sum(counts.get('decisions', {}).values())
+    if refused >= monitor.rule.flag_rows and refused > decided:
+        words = f'{refused:,} requests were refused and {decided:,} decided. GET /drift-status names the columns; ask whoever sends them what has changed.'
+        _tell_once(monitor, Alert('refused', 'critical', start, {'window': [start, until], 'refused': refused, 'decided': decided, 'words': words}))
 
 # %% ../nbs/19_monitor.ipynb #06c6617e
 EVOLUTION = 90 # windows that the report looks back

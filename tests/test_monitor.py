@@ -225,6 +225,20 @@ def test_a_clock_that_is_put_back_holds_nothing_up(here, pointer, monkeypatch): 
     assert asyncio.run(run()) == 2
 
 
+@pytest.mark.parametrize(('decided', 'told'), [(0, ['refused']), (501, [])])
+def test_a_feed_that_is_refused_is_told_once(here, pointer, decided, told):  # noqa: F811
+    store = here.open()
+    with store.write() as connection:
+        for ago in (0, 3600):
+            slot = datetime.fromtimestamp(time.time() - ago, UTC).strftime('%Y-%m-%dT%H:00:00.000000Z')
+            connection.execute(store.tables['windows'].insert(), [{'started_at': slot, 'writer': 'w', 'name': name, 'item': item, 'n': n}
+                                                                  for name, item, n in (('refused_requests', '', 500), ('decisions', 'refer', decided))])
+    store.close()
+    for _ in range(2):
+        assert one_round(settings_of(here, pointer)).closed == []
+    assert [a['kind'] for a in look(here, 'alerts')] == told
+
+
 def two_models(folder: Path, model: FastScorer) -> tuple[FastScorer, FastScorer]:  # noqa: F811
     "The same model with another history, of pilots alone, and as it is; the pointer names the other history."
     s, rows = model.scorer, raw_rows(800, seed=77, job='pilot')

@@ -108,7 +108,7 @@ def table_sample(
         raise RiskError(f'{path} holds {found.rows:,} applications and there are answers to {len(found.pd):,}; expected the answers to each. Score it again.')
     return found
 
-# %% ../nbs/45_drift_findings.ipynb #053a13ff
+# %% ../nbs/45_drift_findings.ipynb #01f678be
 _UNITS = {'hour': ('h', '%Y-%m-%d %H:00'), 'day': ('D', '%Y-%m-%d'), 'month': ('M', '%Y-%m')}
 _MOST_WINDOWS, _LEAST_ROWS = 40, 200
 _ORDERED, _ORDERED_ROWS = 8, 500  # windows of applications without a time, and their least size
@@ -120,9 +120,10 @@ def time_windows(
     by:str='', # hour, day, month, or a number of rows; empty chooses a unit of time, or a size where there are no times
 )->Segments: # windows in order, those without a time last
     "Cuts applications into windows."
-    if by.isdigit() and int(by) > 0:
-        place = np.arange(rows) // int(by)
-        return Segments(tuple(f'{i * int(by) + 1:,} to {min(rows, (i + 1) * int(by)):,}' for i in range(place.max(initial=-1) + 1)), place)
+    if by.isdecimal() and int(by) > 0:
+        size = min(int(by), max(rows, 1))
+        place = np.arange(rows) // size
+        return Segments(tuple(f'{i * size + 1:,} to {min(rows, (i + 1) * size):,}' for i in range(place.max(initial=-1) + 1)), place)
     if by and by not in _UNITS:
         raise RiskError(f"Windows are by {', '.join(_UNITS)}, or by a number of rows such as 500; got '{by}'.")
     if times is None or not np.isfinite(times).any():
@@ -292,7 +293,7 @@ def _spread(sample:Sample, most:int=_MONEY_ROWS)->Frame:
     "The applications, or so many of them, evenly spread."
     return sample.frame if sample.rows <= most else sample.part(np.linspace(0, sample.rows - 1, most).astype(np.intp)).frame
 
-# %% ../nbs/45_drift_findings.ipynb #dfbba1c1
+# %% ../nbs/45_drift_findings.ipynb #6abcd421
 def compare_samples(
     contract:Contract, # what the columns are
     history:Sample, # what they are compared with
@@ -309,7 +310,9 @@ def compare_samples(
     times = current.frame.get(contract.time.name) if contract.time else None
     windows = time_windows(current.rows, times, by)
     found = findings_of(reference, windows.names, _count_groups(reference, current, windows), rule)
-    found |= {'name': current.name, 'reference_name': history.name, 'refused': current.refused, 'notes': [*history.notes, *current.notes],
+    least = (rule or DriftRule()).flag_rows
+    small = [f'The reference holds {history.rows:,} applications: with fewer than {least} hardly anything is beyond chance'] if history.rows < least else []
+    found |= {'name': current.name, 'reference_name': history.name, 'refused': current.refused, 'notes': [*small, *history.notes, *current.notes],
               'segments': None, 'money': None, 'performance': None, 'currency': contract.currency}
     if segment:
         found['segments'] = {'column': segment, 'rows': _segment_rows(contract, history, current, segment, rule or DriftRule())}
@@ -324,7 +327,7 @@ def _judged_by_model(scorer:Scorer, history:Sample, current:Sample, threads:int)
                                 'estimate': estimate_performance(scorer.performance, pd_histogram(scorer.performance, current.pd))}
     return found
 
-# %% ../nbs/45_drift_findings.ipynb #a2422527
+# %% ../nbs/45_drift_findings.ipynb #24c9e6c6
 _SLOT = {'hour': 13, 'day': 10, 'month': 7}  # characters of a time that name the window
 
 
@@ -337,9 +340,9 @@ def compare_log(
     rule:DriftRule|None=None, # what is a drift; None for the usual
 )->dict[str, Any]: # as `findings_of`, and name, reference_name, refused, notes
     "All that has changed in what was decided."
-    if by not in _SLOT and not (by.isdigit() and int(by)):
+    if by not in _SLOT and not (by.isdecimal() and int(by)):
         raise RiskError(f"Windows are by {', '.join(_SLOT)}, or by a number of applications such as 500; got '{by}'.")
-    size = {'applications': int(by)} if by.isdigit() else {'seconds': 3600.0 if by == 'hour' else 86400.0}
+    size = {'applications': int(by)} if by.isdecimal() else {'seconds': 3600.0 if by == 'hour' else 86400.0}
     windows: dict[str, Counts] = {}
     for first, _, counts in window_series(store, reference, start, end or '~', **size):  # type: ignore[arg-type]
         name = first[:_SLOT.get(by, 16)].replace('T', ' ') + (':00' if by == 'hour' else '')

@@ -115,6 +115,8 @@ def test_too_few_are_not_judged(folder):
     found = document(folder, 'few.csv')
     assert found['drift_share'] is None and (found['flag'], found['stop'], found['advice']['action']) == (0, False, 'wait')
     assert drift(folder, 'few.csv').output.startswith('… 60 applications are too few')
+    small = drift(folder, 'calm.csv', '--by', '9' * 30, before='few.csv')
+    assert small.exit_code == 0 and 'The reference holds 60 applications' in small.output
 
 
 @pytest.fixture(scope='module')
@@ -203,6 +205,7 @@ def test_two_files_that_nobody_has_described(tmp_path, monkeypatch):
     ('nothing.csv', (), 'nothing.csv'),
     ('calm.csv', ('--segment', 'jobb'), "Did you mean 'job'?"),
     ('calm.csv', ('--by', 'fortnight'), 'hour, day, month'),
+    ('calm.csv', ('--by', '²'), 'hour, day, month'),
     ('calm.csv', ('--contract', 'nobody'), "no contract 'nobody'"),
     ('calm.csv', ('--model', 'nowhere.json'), 'nowhere.json'),
     ('calm.csv', ('--log', 'data/serving'), 'Name two files'),

@@ -70,10 +70,15 @@ def _append(pointer:Path, change:Mapping[str, Any])->None:
     link = digest_bytes(lines[-1].encode()) if lines else ''
     write_text(_log_of(pointer), ''.join(f'{line}\n' for line in [*lines, canonical_json({**change, 'link': link})]))
 
-# %% ../nbs/34_promotion.ipynb #c6b93557
+# %% ../nbs/34_promotion.ipynb #811a7cbc
+_SHADOW = 'challenger.json'
+
+
 @contextmanager
 def _alone(pointer:Path)->Iterator[None]:
     "One change at a time."
+    if pointer.name == _SHADOW:
+        raise RiskError(f'{pointer} names the model in the shadow: name the pointer of the model that decides, such as champion.json.')
     pointer.parent.mkdir(parents=True, exist_ok=True)
     with open(pointer.with_name(f'.{pointer.stem}.lock'), 'w', encoding='utf-8') as file:
         fcntl.flock(file, fcntl.LOCK_EX)
@@ -130,10 +135,10 @@ def _change(now:datetime|None, actor:str, event:str, version:str, before:Mapping
     return {'at': _now(now), 'actor': actor, 'event': event, 'version': version, 'before': str(before.get('version', '')), 'reason': reason,
             'evidence': evidence, 'pointer': dict(before)}
 
-# %% ../nbs/34_promotion.ipynb #1be6e769
+# %% ../nbs/34_promotion.ipynb #91b3b747
 def _shadow(pointer:Path, content:Mapping[str, Any])->None:
     "Points the challenger at what decided before."
-    write_text(pointer.with_name('challenger.json'), canonical_json(content))
+    write_text(pointer.with_name(_SHADOW), canonical_json(content))
 
 # %% ../nbs/34_promotion.ipynb #878fdfbd
 def rollback(

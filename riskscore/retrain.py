@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Blocks', 'MEMORIES', 'Recent', 'recent_from_store', 'broken_windows', 'latest_applications', 'history_blocks',
-           'recent_from_file', 'recent_from_table', 'unseen', 'hold_back', 'Recipe', 'recipe_of', 'choose_memory',
-           'Challenger', 'train_challenger', 'recalibrate']
+           'recent_from_file', 'recent_from_table', 'unseen', 'hold_back', 'Recipe', 'Challenger', 'train_challenger',
+           'recalibrate']
 
 # %% ../nbs/33_retrain.ipynb #09147cf7
 import json
@@ -300,8 +300,8 @@ class Recipe:
         "Hyperparameters for a table."
         return dict(self.params) or self.family.defaults(len(data.target), len(data.names))
 
-# %% ../nbs/33_retrain.ipynb #700e4b30
-def recipe_of(
+# %% ../nbs/33_retrain.ipynb #ec8273b5
+def _recipe_of(
     champion:Scorer, # the model in use
     threads:int=1, # of the model's library
 )->Recipe: # the same family and hyperparameters
@@ -368,11 +368,11 @@ def _ranks(contract:Contract, recipe:Recipe, rows:_Rows, frame:Frame)->npt.NDArr
     plan, model = _plain_fit(contract, recipe, rows)
     return model.margin(plan.frame(frame), recipe.threads)
 
-# %% ../nbs/33_retrain.ipynb #7123388f
+# %% ../nbs/33_retrain.ipynb #ec6ddee4
 _LEAST = 50  # goods and bads, or nothing is chosen or calibrated by them
 
 
-def choose_memory(
+def _choose_memory(
     contract:Contract, # of the model
     recipe:Recipe, # of the champion
     history:Blocks, # old rows
@@ -407,7 +407,7 @@ class Challenger:
     rows: Mapping[str, int]  # old and recent rows that it learnt from, and history: rows of the champion's history
     twin: tuple[FeaturePlan, Predictor] | None = None  # the same mix, thinned to the size of history; None where the challenger saw no more rows than that
 
-# %% ../nbs/33_retrain.ipynb #2e25334c
+# %% ../nbs/33_retrain.ipynb #6b07b781
 def train_challenger(
     champion:Scorer, # the model in use
     history:Blocks, # what it learnt from
@@ -418,8 +418,8 @@ def train_challenger(
     world:Frame|None=None, # what drift is measured against from now on; None: the rows that are learnt from
 )->Challenger:
     "Trains by the champion's recipe on history and recent outcomes."
-    contract, recipe = champion.contract, recipe_of(champion, threads)
-    memory = choose_memory(contract, recipe, history, learn)
+    contract, recipe = champion.contract, _recipe_of(champion, threads)
+    memory = _choose_memory(contract, recipe, history, learn)
     rows = _Rows(history, learn.frame, _shares(history, learn.rows)[memory], seed=recipe.seed)
     with tempfile.TemporaryDirectory() as folder:
         learnt = _learn_from(contract, rows, Path(folder), threads)

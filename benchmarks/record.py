@@ -33,8 +33,9 @@ from riskscore.contract import Contract, load_contract
 from riskscore.datasets import read_frames
 from riskscore.fast import FastScorer, Refused
 from riskscore.features import fit_plan
-from riskscore.policy import fit_policy
+from riskscore.policy import fit_policy, judge
 from riskscore.reasons import fit_reasons
+from riskscore.reference import fit_reference
 from riskscore.rows import row_pd
 from riskscore.synthetic import write_home_credit
 from riskscore.trees import Trees
@@ -70,7 +71,9 @@ def build(folder: Path) -> Path:
     policy = fit_policy(contract, default, np.concatenate([f[contract.amount] for f in frames]))
     approved = matrix[default < policy.approve_below][:2000]
     reasons = fit_reasons(contract, plan, approved, model.contributions(approved, 1))
-    bundle = write_bundle(folder / 'models', model, plan, calibration, policy, contract, {}, {}, reasons)
+    history = {name: np.concatenate([f[name] for f in frames]) for name in frames[0]}
+    reference = fit_reference(contract, history.__getitem__, default, judge(policy, default, history)[0])  # so that the service counts what it decides
+    bundle = write_bundle(folder / 'models', model, plan, calibration, policy, contract, {}, {}, reasons, drift=reference.to_bytes())
     write_pointer(folder / 'champion.json', bundle)
     return folder / 'champion.json'
 

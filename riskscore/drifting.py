@@ -103,7 +103,7 @@ def drift(
     document:str|None, # findings
     **given:Any, # how two files are compared
 )->None: # prints a summary
-    "Compare CURRENT with REFERENCE (CSV, gzip, zip, Parquet, XLSX, folder), or a log with its model. Exit code 0: calm, 1: flag, 2: stop, or not run."
+    "Compare CURRENT with REFERENCE (CSV, gzip, zip, Parquet, XLSX, folder), or a log with its model. Exit code 0: calm, 1: flag, 3: stop, 2: not run."
     from riskscore.core import canonical_json, write_text
     from riskscore.drift_report import drift_page
 
@@ -116,4 +116,4 @@ def drift(
         if path:
             write_text(path, text(found))
     click.echo('\n'.join([*_lines(found), *(f'Wrote {path}.' for path in (out, document) if path)]))
-    ctx.exit(2 if found['stop'] else found['flag'])
+    ctx.exit(3 if found['stop'] else found['flag'])

@@ -600,7 +600,7 @@ def _note(book:_Book, note:_Note)->int|Exception:
 class _Checkpoints(threading.Thread):
     "Copies SQLite's log back into the database."
 
-    def __init__(self, store: Store, limit: int = 64 << 20, every: float = 5.0):  # more often costs the commits their 99th percentile
+    def __init__(self, store: Store, limit: int = 64 << 20, every: float = 1.0):  # more often costs the commits their 99th percentile
         super().__init__(name='riskscore-checkpoints', daemon=True)
         self.store, self.limit, self.every, self.stop = store, limit, every, threading.Event()
         self.connection: Any = None

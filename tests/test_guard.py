@@ -410,7 +410,8 @@ def test_large_bodies_together_are_bounded(make):
         connection.settimeout(0.05)
         with contextlib.suppress(TimeoutError):
             refused.append(connection.recv(2000))
-    assert len(refused) == 8 and all(a.startswith(b'HTTP/1.1 503 ') and b'connection: close' in a for a in refused)
+    assert 8 <= len(refused) < 10  # two fit; the second may be refused too, for one that is refused a moment later
+    assert all(a.startswith(b'HTTP/1.1 503 ') and b'connection: close' in a for a in refused)
     for connection in parts:
         connection.close()
     time.sleep(0.2)

@@ -20,7 +20,7 @@ from riskscore import matured
 from riskscore.anytime import CalibrationTest, RankingTest, from_state, log_bet, state_of, verdict_of
 from riskscore.bundle import load_bundle
 from riskscore.calibration import sigmoid
-from riskscore.chain import new_id, now
+from riskscore.chain import now
 from riskscore.contract import check_frame
 from riskscore.core import RiskError, canonical_json
 from riskscore.matured import watch_outcomes
@@ -221,15 +221,7 @@ def scorer(tmp_path_factory):
 @pytest.fixture(params=['sqlite', 'postgresql'])
 def store(request, tmp_path):
     "An empty store of either kind."
-    if request.param == 'sqlite':
-        opened = open_store(f'sqlite:///{tmp_path}/log.db')
-    else:
-        server, name = request.getfixturevalue('cluster'), f'd{new_id()}'
-        engine = sa.create_engine(server.url('postgres'), isolation_level='AUTOCOMMIT')
-        with engine.connect() as connection:
-            connection.exec_driver_sql(f'CREATE DATABASE {name}')
-        engine.dispose()
-        opened = open_store(server.url(name))
+    opened = open_store(f'sqlite:///{tmp_path}/log.db' if request.param == 'sqlite' else request.getfixturevalue('cluster').database())
     yield opened
     opened.close()
 

@@ -58,16 +58,7 @@ def fill(store, rows, seed=0):
 @pytest.fixture(params=['sqlite', 'postgresql'])
 def store(request, tmp_path):
     "An empty store of either kind."
-    if request.param == 'sqlite':
-        url = f'sqlite:///{tmp_path}/a.db'
-    else:
-        server, name = request.getfixturevalue('cluster'), f'd{new_id()}'
-        engine = sa.create_engine(server.url('postgres'), isolation_level='AUTOCOMMIT')
-        with engine.connect() as connection:
-            connection.exec_driver_sql(f'CREATE DATABASE {name}')
-        engine.dispose()
-        url = server.url(name)
-    made = open_store(url)
+    made = open_store(f'sqlite:///{tmp_path}/a.db' if request.param == 'sqlite' else request.getfixturevalue('cluster').database())
     yield made
     made.close()
 

@@ -12,7 +12,6 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import sqlalchemy as sa
 from running_service import service, start
 from service_load import Load, eventually
 from test_journal import Faulty, Place
@@ -51,12 +50,8 @@ def place_of(request, tmp_path) -> Place:
     "A database of the kind that is asked for."
     if request.param == 'sqlite':
         return Place(f'sqlite:///{tmp_path}/riskscore.db', tmp_path / 'anchors')
-    server, name = request.getfixturevalue('cluster'), f'r{new_id()}'
-    engine = sa.create_engine(server.url('postgres'), isolation_level='AUTOCOMMIT')
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f'CREATE DATABASE {name}')
-    engine.dispose()
-    return Database(server.url(name), tmp_path / 'anchors', server)
+    server = request.getfixturevalue('cluster')
+    return Database(server.database(), tmp_path / 'anchors', server)
 
 
 @contextmanager

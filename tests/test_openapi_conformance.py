@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import sqlalchemy as sa
 import test_postgres
 from running_service import service
 from small_bundle import small_bundle
@@ -98,11 +97,7 @@ def test_a_contract_of_a_hundred_columns_is_described_as_exactly(tmp_path, root)
 
 @pytest.mark.slow
 def test_the_same_over_postgresql(cluster, home, tmp_path):
-    engine = sa.create_engine(cluster.url('postgres'), isolation_level='AUTOCOMMIT')
-    with engine.connect() as connection:
-        connection.exec_driver_sql('CREATE DATABASE conformance')
-    engine.dispose()
-    with service(tmp_path / 'serving', home / 'champion.json', store=cluster.url('conformance'), api_keys=f'all score,label,operate {KEYS["all"]}') as found:
+    with service(tmp_path / 'serving', home / 'champion.json', store=cluster.database(), api_keys=f'all score,label,operate {KEYS["all"]}') as found:
         for body, status in ODD.values():
             assert found.client(KEYS['all']).post('/predict', body, **JSON).status == status
         check(judged(found, tmp_path, 15, 15, seed=3), 1200)

@@ -49,6 +49,15 @@ class Cluster:
     def url(self, database):
         return f'postgresql+psycopg://postgres@/{database}?host={self.folder}'
 
+    def database(self):
+        "The URL of a new and empty database."
+        name = f'r{new_id()}'
+        engine = sa.create_engine(self.url('postgres'), isolation_level='AUTOCOMMIT')
+        with engine.connect() as connection:
+            connection.exec_driver_sql(f'CREATE DATABASE {name}')
+        engine.dispose()
+        return self.url(name)
+
 
 @dataclass
 class Database(Place):
@@ -83,12 +92,7 @@ def cluster():
 
 @pytest.fixture
 def place(cluster, tmp_path):
-    name = f'r{new_id()}'
-    engine = sa.create_engine(cluster.url('postgres'), isolation_level='AUTOCOMMIT')
-    with engine.connect() as connection:
-        connection.exec_driver_sql(f'CREATE DATABASE {name}')
-    engine.dispose()
-    return Database(cluster.url(name), tmp_path / 'anchors', cluster)
+    return Database(cluster.database(), tmp_path / 'anchors', cluster)
 
 
 @pytest.mark.slow

@@ -472,7 +472,8 @@ def _monitoring(contract:Contract, rows:_Rows, learnt:_Learnt, trained:Trained, 
     every = np.flatnonzero(np.isfinite(trained.margins))
     line, amount = fit_calibration(trained.margins[made.rows], made.bad), learnt.known.get(contract.amount or '', np.ones(len(trained.margins)))
     whole = replace(made, rows=every, bad=learnt.data.target[every], pd=line.pd(trained.margins[every]), amount=amount[every])
-    parts = monitoring_parts(contract, lambda name: np.concatenate([frame[name] for frame in rows.blocks()]), whole)
+    frames = list(rows.blocks())  # in memory: the file would be read once for each column
+    parts = monitoring_parts(contract, lambda name: np.concatenate([frame[name] for frame in frames]), whole)
     return parts | {'performance': performance}
 
 # %% ../nbs/33_retrain.ipynb #c9962262
